@@ -1,0 +1,64 @@
+"""Hourglass: a learned image codec. Pictures to small .hgc files and back, without PyTorch.
+
+    from hourglass import codec
+
+    data = codec.encode("photo.jpg", quality=50)    # bytes of a .hgc file
+    pixels = codec.decode(data)                     # (H, W, 3) uint8
+
+For many pictures build one `Codec` and call its methods of the same names.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+if __name__ != "hourglass.codec":
+    # From the root of a checkout `import codec` finds this folder too, and would make a twin of every class.
+    raise ImportError("import hourglass.codec, not codec")
+
+from hourglass.codec import errors, metrics
+from hourglass.codec.container import Header, Section
+from hourglass.codec.errors import HourglassError
+from hourglass.codec.image import ImageSource, Pixels
+from hourglass.codec.limits import Limits
+from hourglass.codec.pipeline import DEFAULT_QUALITY, Code, Codec, Distortion, FileSource, ModelInfo
+
+__all__ = [
+    "DEFAULT_QUALITY",
+    "Code",
+    "Codec",
+    "Distortion",
+    "FileSource",
+    "Header",
+    "HourglassError",
+    "ImageSource",
+    "Limits",
+    "ModelInfo",
+    "Pixels",
+    "Section",
+    "decode",
+    "encode",
+    "errors",
+    "metrics",
+    "read_header",
+]
+
+
+@cache
+def _default() -> Codec:
+    return Codec()
+
+
+def encode(image: ImageSource, *, quality: float = DEFAULT_QUALITY) -> bytes:
+    """A picture (path, image file bytes, PIL image, array) -> the bytes of a .hgc file. See `Codec.encode`."""
+    return _default().encode(image, quality=quality)
+
+
+def decode(data: FileSource) -> Pixels:
+    """A .hgc file (bytes or path) -> (H, W, 3) uint8. See `Codec.decode`."""
+    return _default().decode(data)
+
+
+def read_header(data: FileSource) -> Header:
+    """The header of a .hgc file (bytes or path), without decoding it. See `Codec.read_header`."""
+    return _default().read_header(data)

@@ -1,0 +1,160 @@
+"""Integer symbols + frozen integer tables <-> bytes. No floats of a model, no model.
+
+A table gives the frequencies of the symbols first, first + 1, ..., and last that of the escape code, all positive
+integers with sum 2**16. Symbols are grouped by table (a stable sort), each group is one call of constriction's
+range coder. Behind them stand the escaped symbols' distances from their tables, as Elias gamma codes.
+
+Exactness: a frequency divided by 2**16 is exact in float64, and so is every partial sum of them; constriction's
+`Categorical(perfect=False)` then builds the same 24-bit integer model on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from hourglass.codec.errors import CorruptError
+
+TOTAL = 1 << 16
+"""Sum of the frequencies of every table."""
+
+_Group = tuple[int, NDArray[np.intp]]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Frozen probability tables, ragged, in one flat array.
+
+    first (T,) int32: the symbol that entry 0 of a table stands for.
+    start (T + 1,) int32: where each table begins in `frequencies`.
+    frequencies (N,) uint32: entries; the last one of a table is its escape code.
+
+    A table of one entry codes nothing: its symbols are sure zeros.
+    """
+
+    first: NDArray[np.int32]
+    start: NDArray[np.int32]
+    frequencies: NDArray[np.uint32]
+
+    def __post_init__(self) -> None:
+        sums = np.add.reduceat(self.frequencies.astype(np.int64), self.start[:-1]) if len(self.first) else np.zeros(0)
+        whole = len(self.start) == len(self.first) + 1 and self.start[-1] == len(self.frequencies)
+        if not whole or (np.diff(self.start) < 1).any() or (sums != TOTAL).any() or not self.frequencies.all():
+            raise ValueError(f"every table needs positive frequencies with sum {TOTAL}")
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def frequencies_of(self, table: int) -> NDArray[np.uint32]:
+        return self.frequencies[self.start[table] : self.start[table + 1]]
+
+    @cached_property
+    def sure_zero(self) -> NDArray[np.bool_]:
+        """(T,) bool: the tables that code nothing."""
+        return np.asarray(np.diff(self.start) == 1)
+
+    def model(self, table: int) -> constriction.stream.model.Model:
+        probabilities = self.frequencies_of(table).astype(np.float64) / TOTAL
+        return constriction.stream.model.Categorical(probabilities, lazy=False, perfect=False)
+
+
+def encode(symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables) -> bytes:
+    """Code `symbols` (any shape, int16), each with the table that `index` (same shape, uint8) names.
+
+    Symbols whose table is a sure zero must be 0 (`ValueError`).
+    """
+    flat = symbols.reshape(-1).astype(np.int32)
+    coder = constriction.stream.queue.RangeEncoder()
+    outside = []
+    for table, places in _groups(index, tables):
+        entries = tables.start[table + 1] - tables.start[table] - 1
+        entry = flat[places] - tables.first[table]
+        escaped = (entry < 0) | (entry >= entries)
+        if escaped.any():
+            distance = np.where(entry < 0, -2 * entry - 1, 2 * (entry - entries))[escaped]
+            outside.append(distance)
+            entry = np.where(escaped, entries, entry)
+        coder.encode(entry.astype(np.int32), tables.model(table))
+    if flat[tables.sure_zero[index.reshape(-1)]].any():
+        raise ValueError("a symbol whose table is a sure zero is not 0")
+    if outside:
+        _encode_gamma(coder, np.concatenate(outside))
+    words: NDArray[np.uint32] = coder.get_compressed()
+    return words.astype("<u4").tobytes()
+
+
+def decode(data: bytes | memoryview, index: NDArray[np.uint8], tables: Tables) -> NDArray[np.int16]:
+    """Inverse of `encode`: symbols of the shape of `index`. Raises `CorruptError` for bytes no encoder wrote."""
+    if len(data) % 4:
+        raise CorruptError(f"entropy-coded data has {len(data)} bytes; expected a multiple of 4")
+    coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+    flat = np.zeros(index.size, np.int32)
+    escapes = []
+    try:
+        for table, places in _groups(index, tables):
+            entries = tables.start[table + 1] - tables.start[table] - 1
+            entry = coder.decode(tables.model(table), len(places))
+            escaped = np.flatnonzero(entry == entries)
+            if len(escaped):
+                escapes.append((places[escaped], int(tables.first[table]), int(entries)))
+            flat[places] = entry + tables.first[table]
+        _decode_escapes(coder, flat, escapes)
+    except AssertionError as exc:  # what constriction raises when the bits fit no symbol
+        raise CorruptError(f"entropy-coded data is invalid: {exc}") from exc
+    if not coder.maybe_exhausted():
+        raise CorruptError("entropy-coded data goes on behind the last symbol")
+    return flat.astype(np.int16).reshape(index.shape)
+
+
+def _groups(index: NDArray[np.uint8], tables: Tables) -> Iterator[_Group]:
+    """(table, places in flat order) for each table in use, ascending; sure zeros left out."""
+    flat = index.reshape(-1)
+    order = np.argsort(flat, kind="stable")  # a radix sort for uint8
+    ends = np.cumsum(np.bincount(flat, minlength=len(tables)))
+    begin = 0
+    for table, end in enumerate(ends.tolist()):
+        if end > begin and not tables.sure_zero[table]:
+            yield table, order[begin:end]
+        begin = end
+
+
+def _encode_gamma(coder: constriction.stream.queue.RangeEncoder, distance: NDArray[np.int32]) -> None:
+    """Elias gamma codes of distance + 1: how many bits follow its leading one (uniform in 0..17), then these."""
+    number = distance.astype(np.int64) + 1
+    bits = np.frexp(number)[1] - 1  # floor(log2(number)), exact: log2 itself may round
+    coder.encode(bits.astype(np.int32), constriction.stream.model.Uniform(18))
+    for low in range(1, 18):
+        group = number[bits == low]
+        if len(group):
+            coder.encode((group - (1 << low)).astype(np.int32), constriction.stream.model.Uniform(1 << low))
+
+
+def _decode_escapes(
+    coder: constriction.stream.queue.RangeDecoder,
+    flat: NDArray[np.int32],
+    escapes: list[tuple[NDArray[np.intp], int, int]],
+) -> None:
+    """Read the distances behind the symbols and put the escaped symbols, in the order coded, into `flat`."""
+    count = sum(len(places) for places, _, _ in escapes)
+    if not count:
+        return
+    bits = coder.decode(constriction.stream.model.Uniform(18), count)
+    number = np.ones(count, np.int64)
+    for low in range(1, 18):
+        group = np.flatnonzero(bits == low)
+        if len(group):
+            number[group] = coder.decode(constriction.stream.model.Uniform(1 << low), len(group)) + (1 << low)
+    begin = 0
+    for places, first, entries in escapes:
+        distance = number[begin : begin + len(places)] - 1
+        begin += len(places)
+        below = distance % 2 == 1
+        value = first + np.where(below, -(distance + 1) // 2, entries + distance // 2)
+        if (abs(value) > np.iinfo(np.int16).max).any():
+            raise CorruptError("an escaped symbol is outside the range of int16")
+        flat[places] = value

@@ -1,0 +1,105 @@
+"""Commands: `python -m hourglass.codec.train run FOLDER --out RUN`, then `... export RUN --id ID --zoo FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from hourglass.codec import errors, runtime
+from hourglass.codec.train import export as exporting
+from hourglass.codec.train import loop
+from hourglass.codec.train.data import list_pictures, load_pieces
+from hourglass.codec.train.network import Shape
+
+_DEFAULTS = loop.Settings()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@click.group()
+def main() -> None:
+    """Train a model from a folder of pictures, and export it for the codec."""
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option("--tier", help="Only pictures whose row in FOLDER/index.csv has this tier.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all]")
+@click.option("--latent", default=Shape.latent, show_default=True, help="Channels of the code.")
+@click.option("--trunk", default=Shape.trunk, show_default=True, help="Channels at 1/8 resolution.")
+@click.option("--steps", default=_DEFAULTS.steps, show_default=True, help="Steps of the whole run.")
+@click.option("--batch", default=_DEFAULTS.batch, show_default=True, help="Crops in a step.")
+@click.option("--crop", default=_DEFAULTS.crop, show_default=True, help="Side of a crop in pixels, a multiple of 16.")
+@click.option("--rate", default=_DEFAULTS.rate, show_default=True, help="Highest learning rate.")
+@click.option("--precise", default=_DEFAULTS.precise, show_default=True, help="Last part of the run in float32.")
+@click.option("--seed", default=_DEFAULTS.seed, show_default=True)
+def run(
+    folder: Path,
+    out: Path,
+    tier: str | None,
+    device: str,
+    threads: int | None,
+    latent: int,
+    trunk: int,
+    **settings: Any,
+) -> None:
+    """Train on the pictures in FOLDER. Started again with the same --out it goes on where it stopped."""
+    if settings["crop"] % 16:
+        raise errors.InvalidArgument(f"--crop is {settings['crop']}; expected a multiple of 16")
+    if threads:
+        torch.set_num_threads(threads)
+    shape = Shape(latent=latent, trunk=trunk)
+    loop.train(folder, out, loop.Settings(**settings), shape, tier, _device(device))
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--id", "model_id", required=True, help="Permanent id of the model, in every file that it writes.")
+@click.option(
+    "--pictures",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Training pictures, for the tables' statistics.",
+)
+@click.option("--tier", help="Only pictures whose row in index.csv has this tier.")
+@click.option(
+    "--measure",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Test pictures, for the manifest's figures; never trained on.",
+)
+@click.option("--zoo", default=runtime.ZOO, show_default="the package's", type=click.Path(path_type=Path))
+@click.option("--note", default="", help="Where the training pictures come from, for the manifest.")
+def export(run: Path, model_id: str, pictures: Path, tier: str | None, measure: Path, zoo: Path, note: str) -> None:
+    """Export the checkpoint of folder RUN as a model of the zoo."""
+    net, values = exporting.load_checkpoint(run / "checkpoint.pt")
+    paths = list_pictures(pictures, tier)
+    training = {
+        "pictures": len(paths),
+        "source": note or pictures.name + (f", tier {tier}" if tier else ""),
+        "steps": values["step"],
+        "seconds": round(values["seconds"]),
+        "settings": values["settings"],
+    }
+    pieces = load_pieces(paths, 16, torch.device("cpu"))
+    target = exporting.export(net, pieces, model_id, zoo, training, list_pictures(measure))
+    size = sum(path.stat().st_size for path in target.iterdir())
+    click.echo(f"{target}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main(standalone_mode=True)
+    except errors.HourglassError as exc:
+        click.echo(f"error: {exc}", err=True)
+        sys.exit(1)

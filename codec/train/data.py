@@ -1,0 +1,89 @@
+"""Training pictures: a folder -> pieces in device memory -> random crops.
+
+Every picture is decoded once, cut into pieces of one size and kept as uint8 on the training device; a batch is one
+gather there, so neither a CPU nor a GPU waits for decoding.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hourglass.codec import errors, image
+
+PIECE = 320
+"""Side in pixels of the pieces that pictures are kept in; smaller pictures leave part of theirs unused."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pictures in device memory: pixels (N, PIECE, PIECE, 3) uint8, sizes (N, 2) int64 as (height, width)."""
+
+    pixels: Tensor
+    sizes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def crops(self, count: int, side: int, generator: torch.Generator) -> Tensor:
+        """Random crops, half of them mirrored: (count, 3, side, side) float32 in [0, 1]."""
+        device = self.pixels.device
+        which = torch.randint(len(self), (count,), generator=generator).to(device)
+        place = torch.rand(count, 2, generator=generator).to(device)
+        corner = (place * (self.sizes[which] - side + 1)).long()
+        along = torch.arange(side, device=device)
+        rows = corner[:, :1] + along
+        columns = corner[:, 1:] + along
+        mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(device)
+        columns = torch.where(mirrored, columns.flip(1), columns)
+        crops = self.pixels[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return crops.permute(0, 3, 1, 2).float() / 255
+
+    def split(self, held_out: int) -> tuple[Pieces, Pieces]:
+        """The pieces to train on, and the last `held_out` of full size, to judge by."""
+        full = (self.sizes == PIECE).all(1).nonzero()[:, 0][-held_out:]
+        keep = torch.ones(len(self), dtype=torch.bool, device=self.pixels.device)
+        keep[full] = False
+        return Pieces(self.pixels[keep], self.sizes[keep]), Pieces(self.pixels[full], self.sizes[full])
+
+
+def list_pictures(folder: Path, tier: str | None = None) -> list[Path]:
+    """Picture files of a folder in order of name; with `tier`, those whose row of index.csv names that tier.
+
+    Raises `InvalidArgument` when nothing is found.
+    """
+    if tier is not None:
+        index = folder / "index.csv"
+        if not index.is_file():
+            raise errors.InvalidArgument(f"--tier {tier} needs {index}, which does not exist; leave --tier out")
+        with index.open(newline="") as rows:
+            found = [folder / row["file"] for row in csv.DictReader(rows) if row["tier"] == tier]
+    else:
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in image.SUFFIXES)
+    if not found:
+        raise errors.InvalidArgument(f"no pictures in {folder}; expected files with {', '.join(image.SUFFIXES)}")
+    return found
+
+
+def load_pieces(paths: list[Path], smallest: int, device: torch.device) -> Pieces:
+    """Decode pictures into pieces on `device`. Parts narrower or lower than `smallest` pixels are left out."""
+    pixels, sizes = [], []
+    for path in paths:
+        whole = image.read(path)
+        for top in range(0, whole.shape[0], PIECE):
+            for left in range(0, whole.shape[1], PIECE):
+                part = whole[top : top + PIECE, left : left + PIECE]
+                if min(part.shape[:2]) < smallest:
+                    continue
+                piece = np.zeros((PIECE, PIECE, 3), np.uint8)
+                piece[: part.shape[0], : part.shape[1]] = part
+                pixels.append(torch.from_numpy(piece))
+                sizes.append(part.shape[:2])
+    if not pixels:
+        raise errors.InvalidArgument(f"no picture of at least {smallest}x{smallest} pixels among {len(paths)} files")
+    return Pieces(torch.stack(pixels).to(device), torch.tensor(sizes, device=device))

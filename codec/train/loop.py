@@ -1,0 +1,215 @@
+"""The training loop: rate + lambda(quality) * squared error, all qualities at once, resumable at any step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from hourglass.codec import errors
+from hourglass.codec.train.data import PIECE, Pieces, list_pictures, load_pieces
+from hourglass.codec.train.network import Hourglass, Shape, start_from_pca
+
+QUALITIES = (0, 25, 50, 75, 100)
+"""Qualities at which the held-out pictures are measured."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run, beside the pictures and the network's shape."""
+
+    steps: int = 45_000
+    batch: int = 8  # crops in a step
+    crop: int = 128  # pixels a side
+    rate: float = 1.5e-3  # learning rate at its peak; 200 steps of warm-up, then cosine decay to 1/100
+    ema: float = 0.9995  # decay of the averaged weights, which are the ones measured and shipped
+    clip: float = 1.0  # largest norm of the gradient
+    precise: float = 0.2  # last part of the run in float32; before it bfloat16 where mixed precision is safe
+    held_out: int = 16  # pieces kept apart to measure
+    seed: int = 1
+
+
+@dataclass
+class State:
+    """A run at one step: what a checkpoint holds."""
+
+    net: Hourglass
+    ema: Hourglass
+    optimiser: torch.optim.Optimizer
+    generator: torch.Generator
+    step: int = 0
+    seconds: float = 0.0
+
+
+def loss_of(net: Hourglass, x: Tensor, quality: Tensor) -> Tensor:
+    """Mean loss of pictures (B, 3, H, W) at qualities (B,): bpp + lambda * squared error on the 0..255 scale.
+
+    Each picture's loss is divided by sqrt(lambda), about its rate: so that one per cent of rate weighs the same
+    at every quality, as it does in a BD-rate, and the high qualities do not drown the low ones.
+    """
+    x_hat, bits = net(x, quality)
+    bpp = bits / (x.shape[2] * x.shape[3])
+    error = (x_hat.float() - x).square().mean((1, 2, 3)) * 255**2
+    weight = net.weight_of_error(quality)
+    loss: Tensor = ((bpp + weight * error) * (weight / 0.01).rsqrt()).mean()
+    return loss
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    if step < 200:
+        return settings.rate * (step + 1) / 200
+    done = (step - 200) / max(1, settings.steps - 200)
+    return settings.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def train(folder: Path, out: Path, settings: Settings, shape: Shape, tier: str | None, device: torch.device) -> None:
+    """Train in folder `out`, from its checkpoint where there is one, and leave a checkpoint and log.jsonl there."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = list_pictures(folder, tier)
+    pieces, held_out = load_pieces(paths, settings.crop, device).split(settings.held_out)
+    if not len(pieces) or not len(held_out):
+        raise errors.InvalidArgument(
+            f"{len(pieces)} pieces to train on, {len(held_out)} of {PIECE}x{PIECE} pixels to hold out; both are needed"
+        )
+    checkpoint = out / "checkpoint.pt"
+    state = _fresh(settings, shape, pieces, device)
+    if checkpoint.exists():
+        _load(state, checkpoint)
+    print(f"{len(paths)} pictures, {len(pieces)} pieces + {len(held_out)} held out; step {state.step} on {device}")
+    _run(state, settings, pieces, held_out, out)
+
+
+def _fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.device) -> State:
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    net = Hourglass(shape)
+    pictures = [
+        piece[:height, :width].permute(2, 0, 1)
+        for piece, (height, width) in zip(pieces.pixels.cpu(), pieces.sizes.tolist(), strict=True)
+    ]
+    start_from_pca(net, pictures, generator)
+    net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimiser = torch.optim.Adam(net.parameters(), lr=settings.rate, fused=True)
+    return State(net, ema, optimiser, generator)
+
+
+def _run(state: State, settings: Settings, pieces: Pieces, held_out: Pieces, out: Path) -> None:
+    device = pieces.pixels.device
+    bar = tqdm(total=settings.steps, initial=state.step, unit="step", mininterval=1, dynamic_ncols=True)
+    started, saved, base = time.monotonic(), time.monotonic(), state.seconds
+    first, loss_sum, loss_count = state.step, 0.0, 0
+    while state.step < settings.steps:
+        for group in state.optimiser.param_groups:
+            group["lr"] = learning_rate(settings, state.step)
+        x = pieces.crops(settings.batch, settings.crop, state.generator)
+        x = x.contiguous(memory_format=torch.channels_last)
+        order = torch.randperm(settings.batch, generator=state.generator)
+        part = torch.rand(settings.batch, generator=state.generator)
+        quality = ((order + part) * (100 / settings.batch)).to(device)  # one crop from each eighth of the range
+        mixed = state.step < settings.steps * (1 - settings.precise)
+        context: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
+        with context:
+            loss = loss_of(state.net, x, quality)
+        state.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(state.net.parameters(), settings.clip)
+        state.optimiser.step()
+        _average(state, settings)
+        state.step += 1
+        state.seconds = base + time.monotonic() - started
+        loss_sum, loss_count = loss_sum + float(loss.detach()), loss_count + 1
+        bar.update()
+        last = state.step == settings.steps
+        if state.step % 1000 == 0 or last:
+            row = {
+                "step": state.step,
+                "seconds": round(state.seconds),
+                "loss": round(loss_sum / loss_count, 4),
+                "steps_per_second": round((state.step - first) / (time.monotonic() - started), 2),
+                "held_out": measure(state.ema, held_out),
+            }
+            loss_sum, loss_count = 0.0, 0
+            _report(row, settings, out)
+        if last or time.monotonic() - saved > 300:
+            _save(state, settings, out / "checkpoint.pt")
+            saved = time.monotonic()
+    bar.close()
+
+
+@torch.no_grad()
+def _average(state: State, settings: Settings) -> None:
+    decay = min(settings.ema, (1 + state.step) / (10 + state.step))
+    averaged, current = ([p.detach() for p in net.parameters()] for net in (state.ema, state.net))
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+@torch.no_grad()
+def measure(net: Hourglass, held_out: Pieces) -> list[dict[str, float]]:
+    """Ideal bpp and PSNR with rounded symbols, 8-bit pictures, one row for each of `QUALITIES`."""
+    x = held_out.pixels.permute(0, 3, 1, 2).float() / 255
+    y = net.analysis(x)
+    rows = []
+    for quality in QUALITIES:
+        gain, inverse = net.gains(torch.full((len(x),), float(quality), device=x.device))
+        symbols = (y * gain).round()
+        bpp = net.prior.bits(symbols, gain).sum() / (x.numel() / 3)
+        x_hat = (net.synthesis(symbols * inverse) * 255).round() / 255
+        mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
+        psnr = float((-10 * torch.log10(mse)).mean())
+        rows.append({"quality": quality, "bpp": round(float(bpp), 4), "psnr": round(psnr, 3)})
+    return rows
+
+
+def _report(row: dict[str, Any], settings: Settings, out: Path) -> None:
+    with (out / "log.jsonl").open("a") as log:
+        log.write(json.dumps(row) + "\n")
+    left = (settings.steps - row["step"]) / row["steps_per_second"]
+    curve = "  ".join(f"{r['bpp']:.3f}→{r['psnr']:.2f}" for r in row["held_out"])
+    tqdm.write(
+        f"step {row['step']}  loss {row['loss']:.4f}  {curve}  "
+        f"{row['steps_per_second']:.1f} steps/s  {left / 60:.0f} min left"
+    )
+
+
+def _save(state: State, settings: Settings, path: Path) -> None:
+    """Write a checkpoint to a temporary file and rename it: a run that is killed leaves the last whole one."""
+    values = {
+        "shape": state.net.shape.as_dict(),
+        "settings": asdict(settings),
+        "step": state.step,
+        "seconds": state.seconds,
+        "net": state.net.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimiser": state.optimiser.state_dict(),
+        "generator": state.generator.get_state(),
+        "noise": torch.get_rng_state(),
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(values, temporary)
+    temporary.replace(path)
+
+
+def _load(state: State, path: Path) -> None:
+    values = torch.load(path, map_location="cpu", weights_only=True)
+    if Shape.from_dict(values["shape"]) != state.net.shape:
+        raise errors.InvalidArgument(
+            f"{path} holds a network of shape {values['shape']}, asked for {state.net.shape.as_dict()}; "
+            "give the same shape or another --out folder"
+        )
+    state.net.load_state_dict(values["net"])
+    state.ema.load_state_dict(values["ema"])
+    state.optimiser.load_state_dict(values["optimiser"])
+    state.generator.set_state(values["generator"])
+    torch.set_rng_state(values["noise"])
+    state.step, state.seconds = values["step"], values["seconds"]

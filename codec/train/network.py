@@ -1,0 +1,255 @@
+"""The hourglass autoencoder: analysis and synthesis transform, per-quality gains, factorised prior.
+
+    x (B, 3, H, W) in [0, 1]
+      -> space-to-depth 8 -> 1x1 -> residual blocks          1/8 resolution, `trunk` channels
+      -> 2x2 stride 2 -> residual blocks = latent y          1/16 resolution, `latent` channels
+      -> y * gain(quality) -> round = symbols                (B, latent, H/16, W/16)
+      -> symbols * inverse_gain(quality) -> blocks -> depth-to-space 2
+      -> blocks -> 3x3 -> depth-to-space 8 -> clip = x_hat   (B, 3, H, W) in [0, 1]
+
+Every layer works at 1/8 or 1/16 resolution, where a convolution is a plain matrix product and a CPU is fast.
+The symbols follow the papers: y = g_a(x), x_hat = g_s(y_hat) (Ballé, Laparra, Simoncelli, "End-to-end optimized
+image compression", 2017). Gains per quality: Cui et al., "Asymmetric gained deep image compression", 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STRIDE = 16
+"""Pixels a side that one latent position covers."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a network; stored in checkpoints and in the manifest."""
+
+    trunk: int = 128  # channels at 1/8 resolution
+    latent: int = 320  # channels of the code at 1/16 resolution
+    analysis_blocks: tuple[int, int] = (3, 3)  # residual blocks at 1/8, at 1/16
+    synthesis_blocks: tuple[int, int] = (3, 3)  # residual blocks at 1/8, at 1/16
+    anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
+    lambda_low: float = 0.0006  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
+    lambda_high: float = 0.12  # the same at quality 100; between them log-linear
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Shape:
+        values = dict(values)
+        for key in ("analysis_blocks", "synthesis_blocks"):
+            values[key] = tuple(values[key])
+        return Shape(**values)
+
+
+class Block(nn.Module):
+    """Residual block: x + W2 silu(W1 depthwise3x3(x)). (B, C, h, w) -> (B, C, h, w).
+
+    W2 starts at zero, so that a new network is its linear path (the PCA transform) and nothing else.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.expand = nn.Conv2d(channels, hidden, 1)
+        self.project = nn.Conv2d(hidden, channels, 1)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.project(F.silu(self.expand(self.depthwise(x))))
+        return out
+
+
+def _blocks(count: int, channels: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(*(Block(channels, hidden) for _ in range(count)))
+
+
+class Analysis(nn.Module):
+    """Analysis transform g_a. (B, 3, H, W) in [0, 1], H and W multiples of 16 -> y (B, latent, H/16, W/16)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.to_trunk = nn.Conv2d(192, shape.trunk, 1)
+        self.fine = _blocks(shape.analysis_blocks[0], shape.trunk, 2 * shape.trunk)
+        self.to_latent = nn.Conv2d(4 * shape.trunk, shape.latent, 1)
+        self.coarse = _blocks(shape.analysis_blocks[1], shape.latent, shape.latent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.from_depth(F.pixel_unshuffle(x, 8))
+
+    def from_depth(self, d: Tensor) -> Tensor:
+        """(B, 192, H/8, W/8), the picture after space-to-depth -> y (B, latent, H/16, W/16)."""
+        t = self.fine(self.to_trunk(d))
+        y: Tensor = self.coarse(self.to_latent(F.pixel_unshuffle(t, 2)))
+        return y
+
+
+class Synthesis(nn.Module):
+    """Synthesis transform g_s. y_hat (B, latent, h, w) -> (B, 3, 16 h, 16 w) in [0, 1].
+
+    The clip passes gradients straight through: a pixel beyond the range is pushed back by the error that remains.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.coarse = _blocks(shape.synthesis_blocks[1], shape.latent, shape.latent)
+        self.from_latent = nn.Conv2d(shape.latent, 4 * shape.trunk, 1)
+        self.fine = _blocks(shape.synthesis_blocks[0], shape.trunk, 2 * shape.trunk)
+        self.from_trunk = nn.Conv2d(shape.trunk, 192, 3, padding=1)
+
+    def forward(self, y_hat: Tensor) -> Tensor:
+        d = self.to_depth(y_hat)
+        return F.pixel_shuffle(d + (d.clamp(0, 1) - d).detach(), 8)
+
+    def to_depth(self, y_hat: Tensor) -> Tensor:
+        """y_hat -> (B, 192, 2 h, 2 w): the picture before the clip and depth-to-space."""
+        t = F.pixel_shuffle(self.from_latent(self.coarse(y_hat)), 2)
+        d: Tensor = self.from_trunk(self.fine(t))
+        return d
+
+
+class Gains(nn.Module):
+    """Per-channel gain for each quality, applied after the analysis transform, and its learned inverse.
+
+    log gain is piecewise linear in quality between `anchors` learned points.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.anchors = shape.anchors
+        self.log_gain = nn.Parameter(torch.zeros(shape.anchors, shape.latent))
+        self.log_inverse = nn.Parameter(torch.zeros(shape.anchors, shape.latent))
+
+    def forward(self, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """quality (B,) in [0, 100] -> gain and inverse gain, each (B, latent, 1, 1)."""
+        place = quality.clamp(0, 100) / 100 * (self.anchors - 1)
+        low = place.floor().clamp(max=self.anchors - 2).long()
+        part = (place - low)[:, None]
+        gain = torch.lerp(self.log_gain[low], self.log_gain[low + 1], part).exp()
+        inverse = torch.lerp(self.log_inverse[low], self.log_inverse[low + 1], part).exp()
+        return gain[..., None, None], inverse[..., None, None]
+
+
+class FactorisedPrior(nn.Module):
+    """A density for each channel of y, the same at every position: a mixture of `parts` logistics.
+
+    The probability of a symbol q under gain g is F((q + 1/2) / g) - F((q - 1/2) / g), with F the channel's
+    cumulative distribution in units of y; so one density serves every quality.
+    """
+
+    def __init__(self, shape: Shape, parts: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(parts, shape.latent))
+        self.mean = nn.Parameter(torch.zeros(parts, shape.latent))
+        spread = torch.linspace(-2.5, 0.7, parts)[:, None]
+        self.log_scale = nn.Parameter(spread.repeat(1, shape.latent))
+
+    def cumulative(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """P(lower < y < upper), shapes (B, C, h, w) with C = latent; the same shape."""
+        total = torch.zeros_like(lower)
+        weights = self.weight.softmax(0)
+        for weight, mean, log_scale in zip(weights, self.mean, self.log_scale, strict=True):
+            rate = (-log_scale).exp()[:, None, None]
+            centre = mean[:, None, None]
+            a, b = (lower - centre) * rate, (upper - centre) * rate
+            # sigmoid(b) - sigmoid(a) loses all digits in the upper tail: mirror it into the lower one.
+            sign = torch.where(a + b > 0, -1.0, 1.0)
+            part = (torch.sigmoid(sign * b) - torch.sigmoid(sign * a)).abs()
+            total = total + weight[:, None, None] * part
+        return total
+
+    def bits(self, symbols: Tensor, gain: Tensor) -> Tensor:
+        """Ideal code length in bits of each (noisy or integer) symbol; shapes (B, C, h, w) and (B, C, 1, 1)."""
+        p = self.cumulative((symbols - 0.5) / gain, (symbols + 0.5) / gain)
+        return -torch.log2(p.clamp(min=1e-9))
+
+
+class Hourglass(nn.Module):
+    """The trained whole: `analysis`, `gains`, `prior`, `synthesis`."""
+
+    def __init__(self, shape: Shape | None = None) -> None:
+        super().__init__()
+        self.shape = shape or Shape()
+        self.analysis = Analysis(self.shape)
+        self.gains = Gains(self.shape)
+        self.prior = FactorisedPrior(self.shape)
+        self.synthesis = Synthesis(self.shape)
+
+    def weight_of_error(self, quality: Tensor) -> Tensor:
+        """lambda(quality): bits per pixel that one unit of squared error (0..255 scale) is worth."""
+        low, high = math.log(self.shape.lambda_low), math.log(self.shape.lambda_high)
+        return torch.exp(low + (high - low) * quality / 100)
+
+    def forward(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """One training pass: (B, 3, H, W), (B,) -> x_hat (B, 3, H, W) and bits (B,) of each picture.
+
+        The rate sees uniform noise in place of rounding, the picture sees rounding with a straight-through
+        gradient (Minnen and Singh, "Channel-wise autoregressive entropy models", 2020).
+        """
+        y = self.analysis(x).float()
+        gain, inverse = self.gains(quality)
+        scaled = y * gain
+        noisy = scaled + torch.rand_like(scaled) - 0.5
+        bits = self.prior.bits(noisy, gain).sum((1, 2, 3))
+        rounded = scaled + (scaled.round() - scaled).detach()
+        x_hat: Tensor = self.synthesis(rounded * inverse)
+        return x_hat, bits
+
+
+@torch.no_grad()
+def start_from_pca(net: Hourglass, pictures: list[Tensor], generator: torch.Generator) -> None:
+    """Make `net` the linear transform codec of its training pictures, in place.
+
+    `pictures` are (3, H, W) uint8. Stage one takes the leading principal components of 8x8 patches, stage two
+    those of 2x2 neighbourhoods of them; both are divided by the square root of their deviation, which keeps
+    strong and weak channels within reach of one learning rate. The synthesis is the transpose.
+    """
+    shape = net.shape
+    crops = []
+    for _ in range(4000):
+        picture = pictures[int(torch.randint(len(pictures), (1,), generator=generator))]
+        top = int(torch.randint(picture.shape[1] - 31, (1,), generator=generator))
+        left = int(torch.randint(picture.shape[2] - 31, (1,), generator=generator))
+        crops.append(picture[:, top : top + 32, left : left + 32])
+    x = F.pixel_unshuffle(torch.stack(crops).double() / 255, 8)  # (N, 192, 4, 4)
+    flat = x.permute(0, 2, 3, 1).reshape(-1, 192)
+    mean = flat.mean(0)
+    basis, deviation = _principal(flat - mean, shape.trunk)
+    scale = deviation.clamp(min=1e-3).sqrt()
+    t = ((flat - mean) @ basis).reshape(-1, 4, 4, shape.trunk).permute(0, 3, 1, 2)
+    pairs = F.pixel_unshuffle(t, 2).permute(0, 2, 3, 1).reshape(-1, 4 * shape.trunk)
+    basis2, deviation2 = _principal(pairs, shape.latent)
+    scale2 = deviation2.clamp(min=1e-3).sqrt()
+    unscale = scale.repeat_interleave(4)  # pixel_unshuffle keeps the four copies of a channel together
+
+    def put(layer: nn.Conv2d, matrix: Tensor, bias: Tensor | None = None) -> None:
+        layer.weight.zero_()
+        middle = layer.kernel_size[0] // 2
+        layer.weight[:, :, middle, middle] = matrix.float()
+        assert layer.bias is not None
+        layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias.float())
+
+    analysis, synthesis = net.analysis, net.synthesis
+    put(analysis.to_trunk, basis.T / scale[:, None], -(mean @ basis) / scale)
+    put(analysis.to_latent, (basis2.T * unscale) / scale2[:, None])
+    put(synthesis.from_latent, (basis2 / unscale[:, None]) * scale2)
+    put(synthesis.from_trunk, basis * scale, mean)
+    step = (net.weight_of_error(torch.linspace(0, 100, shape.anchors)) * 255**2 / 20).rsqrt()
+    net.gains.log_gain.copy_((scale2 / step[:, None]).log())
+    net.gains.log_inverse.copy_((step[:, None] / scale2).log())
+    net.prior.log_scale.add_((deviation2 / scale2).clamp(min=1e-3).log().float() - math.log(1.8))
+
+
+def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Leading principal directions of (N, D) rows: (D, count) orthonormal columns, (count,) deviations."""
+    values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
+    order = values.argsort(descending=True)[:count]
+    return vectors[:, order], values[order].clamp(min=0).sqrt()

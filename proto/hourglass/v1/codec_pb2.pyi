@@ -1,0 +1,154 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
+    DATA_TYPE_INT16: _ClassVar[DataType]
+
+class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    IMAGE_FORMAT_UNSPECIFIED: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_PNG: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_JPEG: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_WEBP: _ClassVar[ImageFormat]
+DATA_TYPE_UNSPECIFIED: DataType
+DATA_TYPE_INT16: DataType
+IMAGE_FORMAT_UNSPECIFIED: ImageFormat
+IMAGE_FORMAT_PNG: ImageFormat
+IMAGE_FORMAT_JPEG: ImageFormat
+IMAGE_FORMAT_WEBP: ImageFormat
+
+class Pixels(_message.Message):
+    __slots__ = ("width", "height", "rgb")
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    RGB_FIELD_NUMBER: _ClassVar[int]
+    width: int
+    height: int
+    rgb: bytes
+    def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., rgb: _Optional[bytes] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "shape", "data_type", "data")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    data_type: DataType
+    data: bytes
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data_type: _Optional[_Union[DataType, str]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Code(_message.Message):
+    __slots__ = ("model", "quality", "width", "height", "tensors")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    quality: float
+    width: int
+    height: int
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, model: _Optional[str] = ..., quality: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class Distortion(_message.Message):
+    __slots__ = ("psnr", "ms_ssim")
+    PSNR_FIELD_NUMBER: _ClassVar[int]
+    MS_SSIM_FIELD_NUMBER: _ClassVar[int]
+    psnr: float
+    ms_ssim: float
+    def __init__(self, psnr: _Optional[float] = ..., ms_ssim: _Optional[float] = ...) -> None: ...
+
+class EncodeRequest(_message.Message):
+    __slots__ = ("image_file", "pixels", "quality", "model", "want_file", "want_code", "want_distortion")
+    IMAGE_FILE_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WANT_FILE_FIELD_NUMBER: _ClassVar[int]
+    WANT_CODE_FIELD_NUMBER: _ClassVar[int]
+    WANT_DISTORTION_FIELD_NUMBER: _ClassVar[int]
+    image_file: bytes
+    pixels: Pixels
+    quality: float
+    model: str
+    want_file: bool
+    want_code: bool
+    want_distortion: bool
+    def __init__(self, image_file: _Optional[bytes] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., quality: _Optional[float] = ..., model: _Optional[str] = ..., want_file: _Optional[bool] = ..., want_code: _Optional[bool] = ..., want_distortion: _Optional[bool] = ...) -> None: ...
+
+class EncodeResponse(_message.Message):
+    __slots__ = ("file", "code", "distortion", "model", "quality", "width", "height", "warnings")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    DISTORTION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    file: bytes
+    code: Code
+    distortion: Distortion
+    model: str
+    quality: float
+    width: int
+    height: int
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, file: _Optional[bytes] = ..., code: _Optional[_Union[Code, _Mapping]] = ..., distortion: _Optional[_Union[Distortion, _Mapping]] = ..., model: _Optional[str] = ..., quality: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DecodeRequest(_message.Message):
+    __slots__ = ("file", "code", "format")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    file: bytes
+    code: Code
+    format: ImageFormat
+    def __init__(self, file: _Optional[bytes] = ..., code: _Optional[_Union[Code, _Mapping]] = ..., format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
+
+class DecodeResponse(_message.Message):
+    __slots__ = ("pixels", "image_file", "model", "quality")
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FILE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    pixels: Pixels
+    image_file: bytes
+    model: str
+    quality: float
+    def __init__(self, pixels: _Optional[_Union[Pixels, _Mapping]] = ..., image_file: _Optional[bytes] = ..., model: _Optional[str] = ..., quality: _Optional[float] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models", "default_model")
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_MODEL_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    default_model: str
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., default_model: _Optional[str] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("id", "channels", "stride", "manifest_json")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    channels: int
+    stride: int
+    manifest_json: str
+    def __init__(self, id: _Optional[str] = ..., channels: _Optional[int] = ..., stride: _Optional[int] = ..., manifest_json: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The codec as a gRPC service. `hourglass-server --help` for its flags."""

@@ -1,0 +1,179 @@
+"""Rate and distortion on a folder of pictures, beside JPEG, WebP and AVIF in the same run.
+
+    python tests/bench/rd.py FOLDER [--out results.json] [--chart rd.png] [--model ID]
+
+Rates are bytes of whole files; pictures are 8-bit RGB; PSNR is over RGB, curves are means over the pictures at each
+setting. Printed: every curve, the BD-rate of the codec against each rival, and for every picture the file nearest
+0.5 bpp beside the smallest JPEG that is no smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import io
+import itertools
+import json
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from hourglass import codec
+from hourglass.codec import image, metrics
+from hourglass.codec.runtime import DEFAULT_MODEL, usable_cores
+
+Pixels = NDArray[np.uint8]
+Coder = Callable[[Pixels, int], tuple[int, Pixels]]
+
+
+def pillow(pixels: Pixels, quality: int, *, format: str, **options: Any) -> tuple[int, Pixels]:
+    """Bytes of the file that Pillow writes, and the picture that it reads back."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format, quality=quality, **options)
+    return len(out.getvalue()), np.asarray(Image.open(out).convert("RGB"))
+
+
+def hourglass(pixels: Pixels, quality: int, *, coder: codec.Codec) -> tuple[int, Pixels]:
+    data = coder.encode(pixels, quality=quality)
+    return len(data), coder.decode(data)
+
+
+jpeg = partial(pillow, format="JPEG", subsampling="4:2:0", optimize=True, progressive=True)
+RIVALS: dict[str, tuple[Coder, list[int]]] = {
+    "JPEG 4:2:0 optimised progressive": (jpeg, [5, 10, 20, 30, 40, 50, 60, 70, 80, 87, 92, 95]),
+    "WebP method 6": (partial(pillow, format="WEBP", method=6), [0, 5, 10, 25, 50, 65, 75, 85, 92, 96]),
+    "AVIF speed 6": (partial(pillow, format="AVIF", subsampling="4:4:4", speed=6), [20, 30, 40, 50, 60, 70, 80, 88]),
+    "AVIF speed 9": (partial(pillow, format="AVIF", subsampling="4:4:4", speed=9), [20, 30, 40, 50, 60, 70, 80, 88]),
+}
+
+
+def point(pixels: Pixels, coder: Coder, quality: int) -> dict[str, float]:
+    size, decoded = coder(pixels, quality)
+    return {
+        "quality": quality,
+        "bytes": size,
+        "bpp": metrics.bpp(size, pixels.shape[1], pixels.shape[0]),
+        "psnr": metrics.psnr(pixels, decoded),
+        "ms_ssim": metrics.ms_ssim(pixels, decoded),
+    }
+
+
+def nearest(pixels: Pixels, coder: Coder, target: float) -> dict[str, Any]:
+    """The codec's file nearest `target` bpp, and the smallest JPEG that is no smaller (sizes rise with quality)."""
+    goal = target * pixels.shape[0] * pixels.shape[1] / 8
+    above = bisect.bisect_left(range(101), goal, key=lambda q: coder(pixels, q)[0])
+    candidates = [point(pixels, coder, q) for q in {max(above - 1, 0), min(above, 100)}]
+    own = min(candidates, key=lambda p: abs(p["bytes"] - goal))
+    other = min(95, bisect.bisect_left(range(96), own["bytes"], key=lambda q: jpeg(pixels, q)[0]))
+    return {"hourglass": own, "jpeg": point(pixels, jpeg, other)}
+
+
+def mean_curve(rows: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Mean over the pictures at each setting."""
+    names = ("quality", "bpp", "psnr", "ms_ssim")
+    return [{name: float(np.mean([p[name] for p in points])) for name in names} for points in zip(*rows, strict=True)]
+
+
+def measure(paths: list[Path], coder: Coder, qualities: list[int], name: str) -> list[list[dict[str, float]]]:
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        rows = []
+        for path in tqdm(paths, desc=name):
+            pixels = image.read(path)
+            rows.append(list(pool.map(partial(point, pixels, coder), qualities)))
+    return rows
+
+
+def bd(own: list[dict[str, float]], rival: list[dict[str, float]]) -> float:
+    columns = [[p[name] for p in curve] for curve in (own, rival) for name in ("bpp", "psnr")]
+    return metrics.bd_rate(*columns)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), constrained_layout=True)
+    for axis, name, label in zip(axes, ("psnr", "ms_ssim"), ("PSNR in dB (RGB)", "MS-SSIM in dB"), strict=True):
+        for curve, points in results["curves"].items():
+            values = [p[name] if name == "psnr" else -10 * np.log10(1 - p[name]) for p in points]
+            own = curve == results["model"]
+            axis.plot([p["bpp"] for p in points], values, "o-", ms=3, lw=2.2 if own else 1.2, label=curve)
+        axis.set(xlabel="bits per pixel, whole files", ylabel=label, xlim=(0, 2))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle(f"{results['pictures']} pictures of {results['folder']}")
+    figure.savefig(path, dpi=110)
+
+
+def report(results: dict[str, Any]) -> None:
+    for name, curve in results["curves"].items():
+        print(f"{name}: " + "  ".join(f"{p['bpp']:.3f}→{p['psnr']:.2f}" for p in curve))
+    for name, rate in results["bd_rate_psnr"].items():
+        print(f"BD-rate against {name}: {rate:+.1f} %")
+    print(f"\n{'picture':<28}{'q':>4}{'bpp':>7}{'PSNR':>7}  |{'JPEG q':>7}{'bpp':>7}{'PSNR':>7}{'gain dB':>9}")
+    wins = 0
+    for name, pair in results["near_half_bpp"].items():
+        own, other = pair["hourglass"], pair["jpeg"]
+        gain = own["psnr"] - other["psnr"]
+        wins += gain > 0
+        print(
+            f"{name:<28}{own['quality']:>4}{own['bpp']:>7.3f}{own['psnr']:>7.2f}  |"
+            f"{other['quality']:>7}{other['bpp']:>7.3f}{other['psnr']:>7.2f}{gain:>+9.2f}"
+        )
+    print(f"higher PSNR than a JPEG of the same size or larger: {wins} of {len(results['near_half_bpp'])} pictures")
+    print(f"sizes rise with quality (0, 10, ... 100) on {results['monotone']} of {results['pictures']} pictures")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--chart", type=Path, help="draw the curves (.png or .svg)")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--zoo", type=Path, default=None)
+    options = parser.parse_args()
+    coder = codec.Codec(options.model, threads=1, **({"zoo": options.zoo} if options.zoo else {}))
+    own: Coder = partial(hourglass, coder=coder)
+    paths = sorted(p for p in options.folder.iterdir() if p.suffix.lower() in image.SUFFIXES)
+    if not paths:
+        parser.error(f"no pictures in {options.folder}")
+    rows = {options.model: measure(paths, own, list(range(0, 101, 10)), options.model)}
+    for name, (rival, qualities) in RIVALS.items():
+        rows[name] = measure(paths, rival, qualities, name)
+    curves = {name: mean_curve(points) for name, points in rows.items()}
+    sizes = [[p["bytes"] for p in points] for points in rows[options.model]]
+    results: dict[str, Any] = {
+        "model": options.model,
+        "folder": options.folder.name,
+        "pictures": len(paths),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.system()} {platform.machine()}, {usable_cores()} cores",
+        "versions": {name: version(name) for name in ("pillow", "onnxruntime", "constriction", "numpy")},
+        "curves": curves,
+        "bd_rate_psnr": {name: bd(curves[options.model], curve) for name, curve in curves.items() if name in RIVALS},
+        "monotone": sum(all(a < b for a, b in itertools.pairwise(s)) for s in sizes),
+        "near_half_bpp": {
+            path.name: nearest(image.read(path), own, 0.5) for path in tqdm(paths, desc="nearest 0.5 bpp")
+        },
+    }
+    report(results)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    if options.chart:
+        draw(results, options.chart)
+
+
+if __name__ == "__main__":
+    main()

@@ -89,6 +89,14 @@ def load(source: ImageSource, limits: Limits | None = None) -> tuple[Pixels, lis
     )
 
 
+def list_pictures(folder: Path) -> list[Path]:
+    """Files below `folder` that have a picture's suffix, in order of name. Raises `InvalidArgument` for none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise InvalidArgument(f"no pictures in {folder}; expected files with {', '.join(SUFFIXES)}")
+    return found
+
+
 def format_of(path: str | os.PathLike[str]) -> str:
     """Pillow's name of the format that a file name's suffix asks for. Raises `InvalidArgument`."""
     suffix = Path(path).suffix.lower()

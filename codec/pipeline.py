@@ -11,7 +11,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -127,12 +127,19 @@ class Codec:
         Raises `ImageError`, `LimitError`, `InvalidArgument`, `OSError`.
         """
         check_quality(quality)
-        quality = round(quality, 2)  # the resolution of the file: a Code means the same before and after packing
+        return next(self.analyse_many(image, [quality]))
+
+    def analyse_many(self, image: ImageSource, qualities: Iterable[float]) -> Iterator[Code]:
+        """The Codes of one picture at many qualities, from one pass of the analysis transform. Raises as `analyse`."""
         pixels = _read_image(image, self.limits)
-        model = self._model(self.model)
-        symbols = _quantise(model, model.analyse(pixels), quality)
         height, width = pixels.shape[:2]
-        return Code(model.id, quality, width, height, {model.tensor.name: symbols})
+        model = self._model(self.model)
+        latent = model.analyse(pixels)
+        for quality in qualities:
+            check_quality(quality)
+            rounded = round(quality, 2)  # as the file stores it: a Code is the same before and after packing
+            symbols = _quantise(model, latent, rounded)
+            yield Code(model.id, rounded, width, height, {model.tensor.name: symbols})
 
     def synthesise(self, code: Code) -> Pixels:
         """Inverse gain, synthesis transform: a Code -> (H, W, 3) uint8. Raises `CodeError`, `UnknownModelError`."""

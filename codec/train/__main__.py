@@ -9,10 +9,10 @@ from typing import Any
 import click
 import torch
 
-from hourglass.codec import errors, runtime
+from hourglass.codec import errors, image, runtime
 from hourglass.codec.train import export as exporting
 from hourglass.codec.train import loop
-from hourglass.codec.train.data import list_pictures, load_pieces
+from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.network import Shape
 
 _DEFAULTS = loop.Settings()
@@ -83,7 +83,7 @@ def run(
 def export(run: Path, model_id: str, pictures: Path, tier: str | None, measure: Path, zoo: Path, note: str) -> None:
     """Export the checkpoint of folder RUN as a model of the zoo."""
     net, values = exporting.load_checkpoint(run / "checkpoint.pt")
-    paths = list_pictures(pictures, tier)
+    paths = list_training(pictures, tier)
     training = {
         "pictures": len(paths),
         "source": note or pictures.name + (f", tier {tier}" if tier else ""),
@@ -92,7 +92,7 @@ def export(run: Path, model_id: str, pictures: Path, tier: str | None, measure: 
         "settings": values["settings"],
     }
     pieces = load_pieces(paths, 16, torch.device("cpu"))
-    target = exporting.export(net, pieces, model_id, zoo, training, list_pictures(measure))
+    target = exporting.export(net, pieces, model_id, zoo, training, image.list_pictures(measure))
     size = sum(path.stat().st_size for path in target.iterdir())
     click.echo(f"{target}: {size / 1e6:.1f} MB")
 

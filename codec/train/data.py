@@ -52,21 +52,20 @@ class Pieces:
         return Pieces(self.pixels[keep], self.sizes[keep]), Pieces(self.pixels[full], self.sizes[full])
 
 
-def list_pictures(folder: Path, tier: str | None = None) -> list[Path]:
+def list_training(folder: Path, tier: str | None = None) -> list[Path]:
     """Picture files of a folder in order of name; with `tier`, those whose row of index.csv names that tier.
 
     Raises `InvalidArgument` when nothing is found.
     """
-    if tier is not None:
-        index = folder / "index.csv"
-        if not index.is_file():
-            raise errors.InvalidArgument(f"--tier {tier} needs {index}, which does not exist; leave --tier out")
-        with index.open(newline="") as rows:
-            found = [folder / row["file"] for row in csv.DictReader(rows) if row["tier"] == tier]
-    else:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in image.SUFFIXES)
+    if tier is None:
+        return image.list_pictures(folder)
+    index = folder / "index.csv"
+    if not index.is_file():
+        raise errors.InvalidArgument(f"--tier {tier} needs {index}, which does not exist; leave --tier out")
+    with index.open(newline="") as rows:
+        found = [folder / row["file"] for row in csv.DictReader(rows) if row["tier"] == tier]
     if not found:
-        raise errors.InvalidArgument(f"no pictures in {folder}; expected files with {', '.join(image.SUFFIXES)}")
+        raise errors.InvalidArgument(f"{index} has no picture of tier {tier!r}")
     return found
 
 

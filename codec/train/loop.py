@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hourglass.codec import errors
-from hourglass.codec.train.data import PIECE, Pieces, list_pictures, load_pieces
+from hourglass.codec.train.data import PIECE, Pieces, list_training, load_pieces
 from hourglass.codec.train.network import Hourglass, Shape, start_from_pca
 
 QUALITIES = (0, 25, 50, 75, 100)
@@ -75,7 +75,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 def train(folder: Path, out: Path, settings: Settings, shape: Shape, tier: str | None, device: torch.device) -> None:
     """Train in folder `out`, from its checkpoint where there is one, and leave a checkpoint and log.jsonl there."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = list_pictures(folder, tier)
+    paths = list_training(folder, tier)
     pieces, held_out = load_pieces(paths, settings.crop, device).split(settings.held_out)
     if not len(pieces) or not len(held_out):
         raise errors.InvalidArgument(

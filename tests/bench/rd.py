@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from hourglass import codec
 from hourglass.codec import image, metrics
+from hourglass.codec.image import list_pictures
 from hourglass.codec.runtime import DEFAULT_MODEL, usable_cores
 
 Pixels = NDArray[np.uint8]
@@ -43,10 +44,7 @@ def pillow(pixels: Pixels, quality: int, *, format: str, **options: Any) -> tupl
     return len(out.getvalue()), np.asarray(Image.open(out).convert("RGB"))
 
 
-def hourglass(pixels: Pixels, quality: int, *, coder: codec.Codec) -> tuple[int, Pixels]:
-    data = coder.encode(pixels, quality=quality)
-    return len(data), coder.decode(data)
-
+QUALITIES = range(0, 101, 10)
 
 jpeg = partial(pillow, format="JPEG", subsampling="4:2:0", optimize=True, progressive=True)
 RIVALS: dict[str, tuple[Coder, list[int]]] = {
@@ -59,6 +57,10 @@ RIVALS: dict[str, tuple[Coder, list[int]]] = {
 
 def point(pixels: Pixels, coder: Coder, quality: int) -> dict[str, float]:
     size, decoded = coder(pixels, quality)
+    return _point(pixels, decoded, size, quality)
+
+
+def _point(pixels: Pixels, decoded: Pixels, size: int, quality: float) -> dict[str, float]:
     return {
         "quality": quality,
         "bytes": size,
@@ -68,14 +70,24 @@ def point(pixels: Pixels, coder: Coder, quality: int) -> dict[str, float]:
     }
 
 
-def nearest(pixels: Pixels, coder: Coder, target: float) -> dict[str, Any]:
-    """The codec's file nearest `target` bpp, and the smallest JPEG that is no smaller (sizes rise with quality)."""
-    goal = target * pixels.shape[0] * pixels.shape[1] / 8
-    above = bisect.bisect_left(range(101), goal, key=lambda q: coder(pixels, q)[0])
-    candidates = [point(pixels, coder, q) for q in {max(above - 1, 0), min(above, 100)}]
-    own = min(candidates, key=lambda p: abs(p["bytes"] - goal))
-    other = min(95, bisect.bisect_left(range(96), own["bytes"], key=lambda q: jpeg(pixels, q)[0]))
-    return {"hourglass": own, "jpeg": point(pixels, jpeg, other)}
+def own_point(pixels: Pixels, coder: codec.Codec, code: codec.Code) -> dict[str, float]:
+    data = coder.pack(code)
+    return _point(pixels, coder.decode(data), len(data), code.quality)
+
+
+def own_points(pixels: Pixels, coder: codec.Codec) -> tuple[list[dict[str, float]], dict[str, float], list[int]]:
+    """At `QUALITIES`; at the quality nearest 0.5 bpp; and the file's bytes at each quality 0, 1, ... 100."""
+    codes = list(coder.analyse_many(pixels, range(101)))
+    sizes = [len(coder.pack(code)) for code in codes]
+    goal = 0.5 * pixels.shape[0] * pixels.shape[1] / 8
+    near = min(range(101), key=lambda quality: abs(sizes[quality] - goal))
+    points = [own_point(pixels, coder, codes[quality]) for quality in QUALITIES]
+    return points, own_point(pixels, coder, codes[near]), sizes
+
+
+def jpeg_no_smaller(pixels: Pixels, size: float) -> dict[str, float]:
+    """The smallest JPEG of `size` bytes or more (sizes rise with quality)."""
+    return point(pixels, jpeg, min(95, bisect.bisect_left(range(96), size, key=lambda q: jpeg(pixels, q)[0])))
 
 
 def mean_curve(rows: list[list[dict[str, float]]]) -> list[dict[str, float]]:
@@ -86,11 +98,7 @@ def mean_curve(rows: list[list[dict[str, float]]]) -> list[dict[str, float]]:
 
 def measure(paths: list[Path], coder: Coder, qualities: list[int], name: str) -> list[list[dict[str, float]]]:
     with ThreadPoolExecutor(usable_cores()) as pool:
-        rows = []
-        for path in tqdm(paths, desc=name):
-            pixels = image.read(path)
-            rows.append(list(pool.map(partial(point, pixels, coder), qualities)))
-    return rows
+        return [list(pool.map(partial(point, image.read(path), coder), qualities)) for path in tqdm(paths, desc=name)]
 
 
 def bd(own: list[dict[str, float]], rival: list[dict[str, float]]) -> float:
@@ -129,11 +137,11 @@ def report(results: dict[str, Any]) -> None:
         gain = own["psnr"] - other["psnr"]
         wins += gain > 0
         print(
-            f"{name:<28}{own['quality']:>4}{own['bpp']:>7.3f}{own['psnr']:>7.2f}  |"
+            f"{name:<28}{own['quality']:>4.0f}{own['bpp']:>7.3f}{own['psnr']:>7.2f}  |"
             f"{other['quality']:>7}{other['bpp']:>7.3f}{other['psnr']:>7.2f}{gain:>+9.2f}"
         )
     print(f"higher PSNR than a JPEG of the same size or larger: {wins} of {len(results['near_half_bpp'])} pictures")
-    print(f"sizes rise with quality (0, 10, ... 100) on {results['monotone']} of {results['pictures']} pictures")
+    print(f"sizes rise with quality (0, 1, ... 100) on {results['monotone']} of {results['pictures']} pictures")
 
 
 def main() -> None:
@@ -144,16 +152,12 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--zoo", type=Path, default=None)
     options = parser.parse_args()
-    coder = codec.Codec(options.model, threads=1, **({"zoo": options.zoo} if options.zoo else {}))
-    own: Coder = partial(hourglass, coder=coder)
-    paths = sorted(p for p in options.folder.iterdir() if p.suffix.lower() in image.SUFFIXES)
-    if not paths:
-        parser.error(f"no pictures in {options.folder}")
-    rows = {options.model: measure(paths, own, list(range(0, 101, 10)), options.model)}
+    coder = codec.Codec(options.model, **({"zoo": options.zoo} if options.zoo else {}))
+    paths = list_pictures(options.folder)
+    own = [own_points(image.read(path), coder) for path in tqdm(paths, desc=options.model)]
+    curves = {options.model: mean_curve([points for points, _, _ in own])}
     for name, (rival, qualities) in RIVALS.items():
-        rows[name] = measure(paths, rival, qualities, name)
-    curves = {name: mean_curve(points) for name, points in rows.items()}
-    sizes = [[p["bytes"] for p in points] for points in rows[options.model]]
+        curves[name] = mean_curve(measure(paths, rival, qualities, name))
     results: dict[str, Any] = {
         "model": options.model,
         "folder": options.folder.name,
@@ -162,10 +166,11 @@ def main() -> None:
         "machine": f"{platform.system()} {platform.machine()}, {usable_cores()} cores",
         "versions": {name: version(name) for name in ("pillow", "onnxruntime", "constriction", "numpy")},
         "curves": curves,
-        "bd_rate_psnr": {name: bd(curves[options.model], curve) for name, curve in curves.items() if name in RIVALS},
-        "monotone": sum(all(a < b for a, b in itertools.pairwise(s)) for s in sizes),
+        "bd_rate_psnr": {name: bd(curves[options.model], curves[name]) for name in RIVALS},
+        "monotone": sum(all(a < b for a, b in itertools.pairwise(sizes)) for _, _, sizes in own),
         "near_half_bpp": {
-            path.name: nearest(image.read(path), own, 0.5) for path in tqdm(paths, desc="nearest 0.5 bpp")
+            path.name: {"hourglass": near, "jpeg": jpeg_no_smaller(image.read(path), near["bytes"])}
+            for path, (_, near, _) in zip(paths, own, strict=True)
         },
     }
     report(results)

@@ -1,0 +1,98 @@
+"""What tests share: photographs, one codec, one real server, and the table printed at the end of the run."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from hourglass.client import Client
+from hourglass.codec import Codec, metrics
+from hourglass.server.main import Config, Server
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+PHOTOS = sorted((HERE / "images").glob("*.png"))
+
+
+@dataclass(frozen=True)
+class Row:
+    picture: str
+    quality: float
+    bytes: int
+    bpp: float
+    ratio: float
+    psnr: float
+    ms_ssim: float
+
+
+TABLE: list[Row] = []
+
+
+@pytest.fixture(params=PHOTOS, ids=lambda path: path.stem)
+def photo(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+@pytest.fixture(scope="session")
+def parrots() -> Path:
+    return HERE / "images" / "parrots.png"
+
+
+@pytest.fixture(scope="session")
+def codec() -> Codec:
+    return Codec()
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """HOST:PORT of a server that runs in a thread for the whole session."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = Server(Config(listen="127.0.0.1:0", workers=2))
+    asyncio.run_coroutine_threadsafe(server.start(), loop).result(60)
+    yield f"127.0.0.1:{server.port}"
+    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[Client]:
+    with Client(address) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def report() -> Callable[[str, float, int, NDArray[np.uint8], NDArray[np.uint8]], Row]:
+    """Measure a decoded picture against its original, and add a row to the table at the end."""
+
+    def add(picture: str, quality: float, size: int, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> Row:
+        height, width = a.shape[:2]
+        bpp, ratio = metrics.bpp(size, width, height), metrics.compression_ratio(size, width, height)
+        TABLE.append(Row(picture, quality, size, bpp, ratio, metrics.psnr(a, b), metrics.ms_ssim(a, b)))
+        return TABLE[-1]
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not TABLE:
+        return
+    terminalreporter.section("what the codec makes of the test photographs")
+    terminalreporter.line(
+        f"{'picture':<14}{'quality':>8}{'bytes':>9}{'bpp':>8}{'ratio':>8}{'PSNR dB':>9}{'MS-SSIM':>9}"
+    )
+    for r in TABLE:
+        terminalreporter.line(
+            f"{r.picture:<14}{r.quality:>8g}{r.bytes:>9}{r.bpp:>8.3f}{r.ratio:>8.1f}{r.psnr:>9.2f}{r.ms_ssim:>9.4f}"
+        )

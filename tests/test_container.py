@@ -1,0 +1,177 @@
+"""The file format: FORMAT.md's example, header fields, and damage of every kind."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hourglass.codec import Codec, Limits, container, errors, image, read_header
+
+HERE = Path(__file__).parent
+FORMAT = (HERE.parent / "codec" / "FORMAT.md").read_text()
+GOLDEN = sorted((HERE / "golden").glob("*.hgc"))
+
+
+def _example() -> bytes:
+    block = FORMAT.split("## Worked example")[1].split("```")[1]
+    lines = [line.split("  ")[1] for line in block.strip().splitlines()]
+    return bytes.fromhex("".join(lines))
+
+
+@pytest.fixture(scope="module")
+def small(codec: Codec) -> bytes:
+    picture = image.read(HERE / "images" / "motocross.png")[:48, :64]
+    return codec.encode(picture, quality=30)
+
+
+def test_worked_example_decodes(codec: Codec) -> None:
+    data = _example()
+    stated = FORMAT.split("decodes to")[1]
+    size = re.search(r"(\d+)x(\d+) pixels", stated)
+    symbols = re.search(r"symbols other than 0: ([^.]*)\.", stated)
+    assert size is not None
+    assert symbols is not None
+    code = codec.unpack(data)
+    assert (code.width, code.height) == (int(size[1]), int(size[2]))
+    (tensor,) = code.tensors.values()
+    places = [f"channel {c} = {tensor[c, 0, 0]}" for c in np.flatnonzero(tensor[:, 0, 0])]
+    assert symbols[1].replace("\n", " ").split(", ") == places
+    assert codec.pack(code) == data
+
+
+def test_worked_example_fields() -> None:
+    """The table of fields in FORMAT.md, read as a program would, is what the parser finds."""
+    data = _example()
+    rows = re.findall(r"^\| (\d+) \| ([0-9a-f ]+) \| ([^|]+) \|$", FORMAT.split("field by field")[1], re.M)
+    assert b"".join(bytes.fromhex(row[1]) for row in rows) == data[: sum(len(row[1].split()) for row in rows)]
+    assert [int(row[0]) for row in rows] == list(np.cumsum([0, *(len(row[1].split()) for row in rows)])[:-1])
+    header = read_header(data)
+    assert header.length == sum(len(row[1].split()) for row in rows)
+    values = {row[2].split(":")[0].strip(): row[2].partition(":")[2].strip() for row in rows}
+    assert values["width"] == str(header.width)
+    assert values["height"] == str(header.height)
+    assert values["model id"] == f"`{header.model}`"
+    assert values["quality x 100"] == f"{header.quality * 100:g}"
+
+
+def test_header_says_what_was_encoded(codec: Codec) -> None:
+    picture = image.read(HERE / "images" / "lighthouse.png")
+    data = codec.encode(picture, quality=12.34)
+    header = read_header(data)
+    assert (header.width, header.height, header.quality) == (240, 320, 12.34)
+    assert (header.version, header.model) == (0, codec.model)
+    assert [section.kind for section in header.sections] == [container.CODE]
+    assert header.length + sum(section.length for section in header.sections) == len(data)
+    assert header.length < 64
+    assert read_header(data[: header.length]) == header  # the sections need not be there
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_file_decodes_for_ever(path: Path, codec: Codec) -> None:
+    """Equal symbols (their checksum is in the file), and pixels within one grey level of those first decoded."""
+    decoded = codec.decode(path)
+    expected = image.read(path.with_suffix(".png"))
+    assert abs(decoded.astype(int) - expected).max() <= 1
+
+
+def test_there_are_golden_files() -> None:
+    assert len(GOLDEN) >= 3
+
+
+def test_truncation_at_every_byte(small: bytes, codec: Codec) -> None:
+    for length in range(len(small)):
+        with pytest.raises(errors.ContainerError):
+            codec.decode(small[:length])
+    with pytest.raises(errors.CorruptError, match="appended"):
+        codec.decode(small + b"\0")
+
+
+def test_damage_of_every_byte(small: bytes, codec: Codec) -> None:
+    """Every byte of the header, of each section and of each checksum: changed, it is noticed."""
+    for place in range(len(small)):
+        for change in (0x01, 0x80, 0xFF):
+            damaged = bytearray(small)
+            damaged[place] ^= change
+            with pytest.raises(errors.ContainerError):
+                codec.decode(damaged)
+
+
+def test_damage_in_a_section_names_it(small: bytes, codec: Codec) -> None:
+    damaged = bytearray(small)
+    damaged[-1] ^= 4
+    with pytest.raises(errors.CorruptError, match=r"section of kind 1 is damaged: its CRC-32 is \w{8}, the file says"):
+        codec.decode(damaged)
+    damaged = bytearray(small)
+    damaged[6] ^= 1
+    with pytest.raises(errors.CorruptError, match="header is damaged"):
+        codec.decode(damaged)
+
+
+def _forged(data: bytes, **changes: bytes) -> bytes:
+    """`data` with parts of its header replaced and its checksum made right again."""
+    header = container.read_header(data)
+    head = bytearray(data[: header.length - 4])
+    places = {"version": 4, "width": 6, "height": 10, "quality": 14}
+    for name, value in changes.items():
+        head[places[name] : places[name] + len(value)] = value
+    return bytes(head) + struct.pack("<I", zlib.crc32(head)) + data[header.length :]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"version": b"\x07"}, errors.ContainerError, "format version 7; this release reads version 0"),
+        ({"width": bytes(4)}, errors.ContainerError, "0x48 pixels"),
+        ({"quality": b"\xff\xff"}, errors.ContainerError, "quality 655.35"),
+        ({"width": b"\0\0\0\x01"}, errors.LimitError, "limit is 65536 a side"),
+        ({"width": b"\xff\xff\0\0", "height": b"\xff\xff\0\0"}, errors.LimitError, "Limits.pixels"),
+        ({"width": b"\x80\0\0\0"}, errors.CorruptError, "symbols do not match|goes on|invalid"),
+        ({"quality": b"\0\0"}, errors.CorruptError, "symbols do not match|goes on|invalid"),
+    ],
+)
+def test_forged_headers(
+    changes: dict[str, bytes], error: type[Exception], message: str, small: bytes, codec: Codec
+) -> None:
+    with pytest.raises(error, match=message):
+        codec.decode(_forged(small, **changes))
+
+
+def test_unknown_sections() -> None:
+    data = container.write("some-model", 1, 1, 50, {container.CODE: b"code", 200: b"later"})
+    header, sections = container.read(data)
+    assert {kind: bytes(payload) for kind, payload in sections.items()} == {1: b"code", 200: b"later"}
+    assert header.model == "some-model"
+    with pytest.raises(errors.ContainerError, match="kinds"):
+        container.read(container.write("m", 1, 1, 50, {container.CODE: b"", 99: b""}))
+    with pytest.raises(errors.ContainerError, match="kinds"):
+        container.read(container.write("m", 1, 1, 50, {200: b""}))
+
+
+def test_unknown_model(codec: Codec) -> None:
+    data = container.write("no-such-model", 8, 8, 50, {container.CODE: b"\0" * 8})
+    with pytest.raises(errors.UnknownModelError, match="no model 'no-such-model' is installed; known models: hour"):
+        codec.decode(data)
+
+
+def test_limits_hold_before_anything_is_allocated(small: bytes) -> None:
+    with pytest.raises(errors.LimitError, match="64x48 = 3072 pixels; the limit is 3071"):
+        Codec(limits=Limits(pixels=3071)).decode(small)
+    with pytest.raises(errors.LimitError, match="bytes; the limit is 50"):
+        Codec(limits=Limits(file_bytes=50)).decode(small)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.binary(max_size=200), st.booleans())
+def test_any_bytes_are_parsed_or_refused(data: bytes, with_magic: bool) -> None:
+    try:
+        container.read(container.MAGIC + b"\0" + data if with_magic else data)
+    except (errors.ContainerError, errors.LimitError):
+        return
+    raise AssertionError("random bytes passed for a file")

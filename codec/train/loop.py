@@ -82,14 +82,15 @@ def train(folder: Path, out: Path, settings: Settings, shape: Shape, tier: str |
             f"{len(pieces)} pieces to train on, {len(held_out)} of {PIECE}x{PIECE} pixels to hold out; both are needed"
         )
     checkpoint = out / "checkpoint.pt"
-    state = _fresh(settings, shape, pieces, device)
+    state = fresh(settings, shape, pieces, device)
     if checkpoint.exists():
         _load(state, checkpoint)
     print(f"{len(paths)} pictures, {len(pieces)} pieces + {len(held_out)} held out; step {state.step} on {device}")
-    _run(state, settings, pieces, held_out, out)
+    run(state, settings, pieces, held_out, out)
 
 
-def _fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.device) -> State:
+def fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.device) -> State:
+    """A run at step 0: the PCA start of these pieces, nothing learned."""
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     net = Hourglass(shape)
@@ -104,47 +105,58 @@ def _fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.devic
     return State(net, ema, optimiser, generator)
 
 
-def _run(state: State, settings: Settings, pieces: Pieces, held_out: Pieces, out: Path) -> None:
-    device = pieces.pixels.device
+def run(state: State, settings: Settings, pieces: Pieces, held_out: Pieces, out: Path) -> None:
+    """Go on from `state` to the last step, with progress on the terminal, a log and checkpoints in `out`."""
     bar = tqdm(total=settings.steps, initial=state.step, unit="step", mininterval=1, dynamic_ncols=True)
-    started, saved, base = time.monotonic(), time.monotonic(), state.seconds
-    first, loss_sum, loss_count = state.step, 0.0, 0
+    started = saved = time.monotonic()
+    base, first, losses = state.seconds, state.step, torch.zeros(2)  # sum and number since the last row
     while state.step < settings.steps:
-        for group in state.optimiser.param_groups:
-            group["lr"] = learning_rate(settings, state.step)
-        x = pieces.crops(settings.batch, settings.crop, state.generator)
-        x = x.contiguous(memory_format=torch.channels_last)
-        order = torch.randperm(settings.batch, generator=state.generator)
-        part = torch.rand(settings.batch, generator=state.generator)
-        quality = ((order + part) * (100 / settings.batch)).to(device)  # one crop from each eighth of the range
-        mixed = state.step < settings.steps * (1 - settings.precise)
-        context: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
-        with context:
-            loss = loss_of(state.net, x, quality)
-        state.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(state.net.parameters(), settings.clip)
-        state.optimiser.step()
-        _average(state, settings)
-        state.step += 1
-        state.seconds = base + time.monotonic() - started
-        loss_sum, loss_count = loss_sum + float(loss.detach()), loss_count + 1
+        losses += torch.tensor([float(step(state, settings, pieces)), 1.0])
+        now = time.monotonic()
+        state.seconds = base + now - started
         bar.update()
         last = state.step == settings.steps
         if state.step % 1000 == 0 or last:
             row = {
                 "step": state.step,
                 "seconds": round(state.seconds),
-                "loss": round(loss_sum / loss_count, 4),
-                "steps_per_second": round((state.step - first) / (time.monotonic() - started), 2),
+                "loss": round(float(losses[0] / losses[1]), 4),
+                "steps_per_second": round((state.step - first) / (now - started), 2),
                 "held_out": measure(state.ema, held_out),
             }
-            loss_sum, loss_count = 0.0, 0
+            losses.zero_()
             _report(row, settings, out)
-        if last or time.monotonic() - saved > 300:
+        if last or now - saved > 300:
             _save(state, settings, out / "checkpoint.pt")
-            saved = time.monotonic()
+            saved = now
     bar.close()
+
+
+def is_mixed(settings: Settings, step: int) -> bool:
+    """Whether a step works in bfloat16 where that is safe; the last part of a run does not."""
+    return step < settings.steps * (1 - settings.precise)
+
+
+def step(state: State, settings: Settings, pieces: Pieces) -> Tensor:
+    """One step of the optimiser and of the averaged weights; the loss."""
+    device = pieces.pixels.device
+    for group in state.optimiser.param_groups:
+        group["lr"] = learning_rate(settings, state.step)
+    x = pieces.crops(settings.batch, settings.crop, state.generator).contiguous(memory_format=torch.channels_last)
+    order = torch.randperm(settings.batch, generator=state.generator)
+    part = torch.rand(settings.batch, generator=state.generator)
+    quality = ((order + part) * (100 / settings.batch)).to(device)  # with 8 crops, one from each eighth of the range
+    mixed = is_mixed(settings, state.step)
+    context: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
+    with context:
+        loss = loss_of(state.net, x, quality)
+    state.optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(state.net.parameters(), settings.clip)
+    state.optimiser.step()
+    _average(state, settings)
+    state.step += 1
+    return loss.detach()
 
 
 @torch.no_grad()

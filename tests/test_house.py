@@ -1,0 +1,203 @@
+"""The house rules: who may import whom, what is packaged, that generated code is fresh and documents are true."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import onnx
+import pytest
+
+from hourglass import codec
+from hourglass.codec import errors, image
+from hourglass.codec.runtime import ZOO, Model, model_ids
+from hourglass.server import main as server
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "hourglass.codec": ROOT / "codec",
+    "hourglass.v1": ROOT / "proto" / "hourglass" / "v1",
+    "hourglass.server": ROOT / "server",
+    "hourglass.client": ROOT / "client",
+}
+TRAIN = "hourglass.codec.train"
+
+MAY_IMPORT = {
+    "hourglass.codec": {"hourglass.codec"},
+    "hourglass.v1": {"hourglass.codec", "hourglass.v1"},
+    "hourglass.server": {"hourglass.codec", "hourglass.v1", "hourglass.server"},
+    "hourglass.client": {"hourglass.codec", "hourglass.v1", "hourglass.client"},
+}
+ONLY_IN = {
+    "torch": re.compile(r"codec/train/"),
+    "onnx": re.compile(r"codec/train/"),
+    "tqdm": re.compile(r"codec/train/"),
+    "PIL": re.compile(r"codec/image\.py"),
+    "onnxruntime": re.compile(r"codec/runtime\.py"),
+    "constriction": re.compile(r"codec/entropy\.py"),
+    "grpc": re.compile(r"(server|client|proto)/"),
+}
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("package", list(FOLDERS))
+def test_import_rule(package: str) -> None:
+    files = sorted(FOLDERS[package].rglob("*.py"))
+    assert files
+    for path in files:
+        place = path.relative_to(ROOT).as_posix()
+        for name in _imports(path):
+            if name.startswith("hourglass."):
+                assert ".".join(name.split(".")[:2]) in MAY_IMPORT[package], f"{place} imports {name}"
+                assert not name.startswith(TRAIN) or place.startswith("codec/train/"), f"{place} imports {name}"
+            rule = ONLY_IN.get(name.split(".")[0])
+            assert rule is None or rule.match(place), f"{place} imports {name}"
+
+
+def test_import_loads_nothing_heavy() -> None:
+    program = "import hourglass.codec, sys; print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout.split()
+    )
+    assert "hourglass.codec" in loaded
+    assert not {"torch", "grpc", "onnx", "onnxruntime", "PIL.Image", "google.protobuf"} & loaded
+
+
+def test_bare_import_is_refused() -> None:
+    done = subprocess.run([sys.executable, "-c", "import codec"], cwd=ROOT, capture_output=True, check=False, text=True)
+    assert done.returncode == 1
+    assert "import hourglass.codec, not codec" in done.stderr
+
+
+def test_packages_are_listed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {
+        ".".join([package, *path.parent.relative_to(folder).parts])
+        for package, folder in FOLDERS.items()
+        for path in folder.rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == found
+
+
+def test_types_see_the_whole_tree() -> None:
+    for package, folder in FOLDERS.items():
+        link = ROOT / ".types" / "hourglass" / package.split(".")[1]
+        assert link.resolve() == folder
+        assert (folder / "py.typed").exists()
+
+
+def test_generated_code_is_fresh(tmp_path: Path) -> None:
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    subprocess.run([ROOT / "proto" / "generate.sh", tmp_path], check=True, env=environment)
+    made = sorted((tmp_path / "hourglass" / "v1").iterdir())
+    assert len(made) == 3
+    for path in made:
+        assert path.read_text() == (FOLDERS["hourglass.v1"] / path.name).read_text(), (
+            f"run proto/generate.sh: {path.name}"
+        )
+
+
+def test_public_names() -> None:
+    expected = """Code Codec DEFAULT_QUALITY Distortion FileSource Header HourglassError ImageSource Limits ModelInfo
+                  Pixels Section decode encode errors metrics read_header"""
+    assert set(codec.__all__) == set(expected.split())
+    assert all(hasattr(codec, name) for name in codec.__all__)
+
+
+def test_error_tree_is_drawn() -> None:
+    for name in errors.__all__:
+        assert re.search(rf"\b{name}\b", errors.__doc__ or "")
+        kind = getattr(errors, name)
+        assert issubclass(kind, errors.HourglassError) or name == "LossWarning"
+
+
+@pytest.mark.parametrize("model_id", model_ids())
+def test_model_is_what_its_manifest_says(model_id: str) -> None:
+    manifest = json.loads((ZOO / model_id / "manifest.json").read_text())
+    files = {path.name for path in (ZOO / model_id).iterdir()} - {"manifest.json"}
+    assert manifest["id"] == model_id
+    assert set(manifest["sha256"]) == files == {"encoder.onnx", "decoder.onnx", "tables.npz"}
+    for name, digest in manifest["sha256"].items():
+        assert hashlib.sha256((ZOO / model_id / name).read_bytes()).hexdigest() == digest
+    onnx.checker.check_model(onnx.load(ZOO / model_id / "encoder.onnx"), full_check=True)
+    onnx.checker.check_model(onnx.load(ZOO / model_id / "decoder.onnx"), full_check=True)
+    rates = [row["bpp"] for row in manifest["measured"]]
+    assert rates == sorted(rates)
+    assert manifest["training"]["steps"] > 0
+
+
+def test_damaged_model_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for path in (ZOO / codec.Codec().model).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "encoder.onnx").write_bytes(b"\0" + (folder / "encoder.onnx").read_bytes()[1:])
+    with pytest.raises(errors.ModelError, match=r"encoder\.onnx of model 'broken' has sha256 \w+, its manifest says"):
+        codec.Codec("broken", zoo=tmp_path).encode(ROOT / "tests" / "images" / "motocross.png")
+    (folder / "tables.npz").unlink()
+    with pytest.raises(errors.ModelError, match=r"lacks tables\.npz"):
+        _ = Model("broken", tmp_path).tables
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(errors.ModelError, match="unusable manifest"):
+        Model("broken", tmp_path)
+
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
+def test_readme_examples_run(number: int, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = re.findall(r"```python\n(.*?)```", README, re.S)[number]
+    photo = ROOT / "tests" / "images" / "parrots.png"
+    (tmp_path / "photo.jpg").write_bytes(image.write(image.read(photo), "JPEG"))
+    monkeypatch.chdir(tmp_path)
+    block = block.replace("127.0.0.1:50051", address)
+    exec(compile(block, f"README example {number}", "exec"), {})
+
+
+def test_readme_flags_exist() -> None:
+    """Every flag that the README names is one of the commands'."""
+    programs = [
+        [str(Path(sys.executable).with_name(name)), "--help"] for name in ("compress-image", "hourglass-server")
+    ]
+    programs += [[sys.executable, "-m", TRAIN, sub, "--help"] for sub in ("run", "export")]
+    helps = "".join(subprocess.run(p, capture_output=True, check=True, text=True).stdout for p in programs)
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+    lines = [
+        line
+        for line in shell.splitlines()
+        if re.search(r"compress-image|hourglass-server|hourglass\.codec\.train", line)
+    ]
+    flags = {flag for line in lines for flag in re.findall(r"(?<!\S)--[a-z-]+", line)}
+    assert flags
+    assert {flag for flag in flags if flag not in helps} == set()
+
+
+def test_readme_table_is_the_committed_measurement() -> None:
+    results = json.loads((ROOT / "tests" / "bench" / "rd.json").read_text())
+    for name, rate in results["bd_rate_psnr"].items():
+        assert f"| {name} | {rate:+.1f} % |" in README
+    for point in results["curves"][results["model"]]:
+        row = f"| {point['quality']:g} | {point['bpp']:.3f} | {point['psnr']:.2f} | {point['ms_ssim']:.4f} |"
+        assert row in README
+    assert results["date"] in README
+
+
+def test_server_name_is_the_service_of_the_proto() -> None:
+    assert server.SERVICE == "hourglass.v1.CodecService"

@@ -1,0 +1,73 @@
+"""Programs that nobody here wrote use the service: buf lints and calls it, Node encodes a photograph.
+
+They need `npm install --prefix tests/outside`, which .ci/run does where there is a node.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hourglass.codec import Codec, image, metrics
+
+HERE = Path(__file__).parent
+PROTO = HERE.parent / "proto"
+BUF = HERE / "outside" / "node_modules" / ".bin" / "buf"
+
+pytestmark = pytest.mark.skipif(
+    not BUF.exists() or shutil.which("node") is None, reason="needs node and `npm install --prefix tests/outside`"
+)
+
+
+def buf_curl(address: str, method: str, request: object) -> subprocess.CompletedProcess[str]:
+    url = f"http://{address}/hourglass.v1.CodecService/{method}"
+    command = [BUF, "curl", "--http2-prior-knowledge", "--protocol", "grpc", "-d", "@-", url]
+    return subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+
+
+def test_buf_lint() -> None:
+    done = subprocess.run([BUF, "lint"], cwd=PROTO, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_buf_lists_models_by_reflection(address: str, codec: Codec) -> None:
+    done = buf_curl(address, "ListModels", {})
+    assert done.returncode == 0, done.stderr
+    assert codec.model in [model["id"] for model in json.loads(done.stdout)["models"]]
+
+
+def test_buf_encodes(address: str, parrots: Path, codec: Codec) -> None:
+    request = {"imageFile": base64.b64encode(parrots.read_bytes()).decode(), "quality": 30}
+    done = buf_curl(address, "Encode", request)
+    assert done.returncode == 0, done.stderr
+    assert base64.b64decode(json.loads(done.stdout)["file"]) == codec.encode(parrots, quality=30)
+
+
+def test_buf_shows_errors(address: str) -> None:
+    done = buf_curl(address, "Decode", {"file": "AAAA"})
+    assert done.returncode != 0
+    assert "invalid_argument" in done.stderr
+    assert "not a .hgc file" in done.stderr
+
+
+def test_node_encodes_and_the_command_decodes(address: str, parrots: Path, tmp_path: Path, codec: Codec) -> None:
+    file, out = tmp_path / "node.hgc", tmp_path / "node.png"
+    script = HERE / "outside" / "encode.mjs"
+    command = ["node", script, address, PROTO, parrots, file, "40"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (answer["width"], answer["height"], answer["bytes"]) == (768, 512, file.stat().st_size)
+    assert answer["refused"]
+    assert "not a .hgc file" in answer["why"]
+    compress_image = Path(sys.executable).with_name("compress-image")
+    subprocess.run([compress_image, "-d", file, "-o", out], check=True, capture_output=True)
+    assert np.array_equal(image.read(out), codec.decode(codec.encode(parrots, quality=40)))
+    assert answer["psnr"] == pytest.approx(metrics.psnr(image.read(parrots), image.read(out)))

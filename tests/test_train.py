@@ -1,0 +1,182 @@
+"""Training and export in small: the real loop on the test photographs, resumed, exported, used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hourglass.codec import Codec, errors, image, metrics
+from hourglass.codec.train import loop
+from hourglass.codec.train.data import list_training, load_pieces
+from hourglass.codec.train.export import export, load_checkpoint
+from hourglass.codec.train.network import Hourglass, Shape, start_from_pca
+
+IMAGES = Path(__file__).parent / "images"
+SHAPE = Shape(trunk=32, latent=48, analysis_blocks=(1, 1), synthesis_blocks=(1, 1))
+SETTINGS = loop.Settings(steps=24, batch=4, crop=64, held_out=2, rate=1e-3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole small run."""
+    out = tmp_path_factory.mktemp("run")
+    loop.train(IMAGES, out, SETTINGS, SHAPE, None, CPU)
+    return out
+
+
+def test_log_tells_the_run(run: Path) -> None:
+    (row,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert row["step"] == 24
+    assert [point["quality"] for point in row["held_out"]] == list(loop.QUALITIES)
+    rates, psnr = ([point[name] for point in row["held_out"]] for name in ("bpp", "psnr"))
+    assert rates == sorted(rates)
+    assert psnr[-1] > psnr[0]
+
+
+def test_resumed_run_is_the_same_run(run: Path, tmp_path: Path) -> None:
+    """Stopped after 10 steps and started again, a run ends with the very weights of one that was not stopped."""
+    stopped = replace(SETTINGS, steps=10)
+    pieces, held_out = load_pieces(list_training(IMAGES), 64, CPU).split(2)
+    state = loop.fresh(SETTINGS, SHAPE, pieces, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "learning_rate", lambda _, step: REAL_RATE(SETTINGS, step))
+        patch.setattr(loop, "is_mixed", lambda _, step: REAL_MIXED(SETTINGS, step))
+        loop.run(state, stopped, pieces, held_out, tmp_path)
+    loop.train(IMAGES, tmp_path, SETTINGS, SHAPE, None, CPU)
+    whole, _ = load_checkpoint(run / "checkpoint.pt")
+    resumed, values = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert values["step"] == 24
+    for name, weights in whole.state_dict().items():
+        assert torch.equal(weights, resumed.state_dict()[name]), name
+
+
+REAL_RATE, REAL_MIXED = loop.learning_rate, loop.is_mixed
+
+
+def test_checkpoint_of_another_shape_is_refused(run: Path) -> None:
+    with pytest.raises(errors.InvalidArgument, match="give the same shape or another --out"):
+        loop.train(IMAGES, run, SETTINGS, replace(SHAPE, trunk=16), None, CPU)
+
+
+def test_training_lowers_the_loss() -> None:
+    pieces, held_out = load_pieces(list_training(IMAGES), 64, CPU).split(2)
+    state = loop.fresh(SETTINGS, SHAPE, pieces, CPU)
+    x = held_out.pixels.permute(0, 3, 1, 2).float() / 255
+    quality = torch.tensor([30.0, 70.0])
+
+    def loss() -> float:
+        torch.manual_seed(5)
+        return float(loop.loss_of(state.net, x, quality).detach())
+
+    before = loss()
+    for _ in range(30):
+        loop.step(state, replace(SETTINGS, steps=1000), pieces)
+    assert loss() < 0.97 * before
+
+
+def test_pca_start_is_a_transform_codec() -> None:
+    """With zeroed blocks and as many channels as samples, synthesis inverts analysis; with fewer, nearly."""
+    pictures = [torch.from_numpy(image.read(p).copy()).permute(2, 0, 1) for p in sorted(IMAGES.glob("*.png"))]
+    x = pictures[2][None, :, :160, :160].float() / 255
+    errors_by_width = []
+    for trunk, latent in ((192, 768), (128, 320), (64, 64)):
+        net = Hourglass(Shape(trunk=trunk, latent=latent, analysis_blocks=(1, 1), synthesis_blocks=(1, 1)))
+        start_from_pca(net, pictures, torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            back = net.synthesis(net.analysis(x))
+        errors_by_width.append(-10 * float(torch.log10((back - x).square().mean())))
+    assert errors_by_width[0] > 80
+    assert errors_by_width[0] > errors_by_width[1] > 35
+    assert errors_by_width[1] > errors_by_width[2] > 22
+
+
+def test_prior_is_a_distribution() -> None:
+    net = Hourglass(SHAPE)
+    edges = torch.arange(-400.0, 401.0)[None, None, :, None].repeat(1, SHAPE.latent, 1, 1)
+    p = net.prior.cumulative((edges - 0.5) / 3, (edges + 0.5) / 3)
+    assert torch.allclose(p.sum(2), torch.ones(1, SHAPE.latent, 1), atol=1e-4)
+    assert (p >= 0).all()
+
+
+@pytest.fixture(scope="module")
+def zoo(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zoo")
+    net, values = load_checkpoint(run / "checkpoint.pt")
+    pieces = load_pieces(list_training(IMAGES), 16, CPU)
+    export(net, pieces, "small-1", folder, {"steps": values["step"]}, [IMAGES / "motocross.png"])
+    return folder
+
+
+def test_exported_model_works(zoo: Path) -> None:
+    codec = Codec("small-1", zoo=zoo)
+    picture = image.read(IMAGES / "lighthouse.png")
+    sizes = []
+    for quality in (0, 50, 100):
+        data = codec.encode(picture, quality=quality)
+        sizes.append(len(data))
+        assert metrics.psnr(picture, codec.decode(data)) > 20
+    assert sizes == sorted(set(sizes))
+    assert [p.name for p in zoo.iterdir()] == ["small-1"]
+
+
+def test_exported_graphs_are_the_network(run: Path, zoo: Path) -> None:
+    """Symbols equal but for rounding at ties, pixels within one grey level; sides no multiple of the stride too."""
+    net, _ = load_checkpoint(run / "checkpoint.pt")
+    codec = Codec("small-1", zoo=zoo)
+    picture = image.read(IMAGES / "motocross.png")[:75, :117]
+    code = codec.analyse(picture, quality=70)
+    padded = np.pad(picture, ((0, 5), (0, 11), (0, 0)), mode="edge")
+    x = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
+    gain, inverse = net.gains(torch.tensor([70.0]))
+    with torch.no_grad():
+        symbols = (net.analysis(x) * gain).round()
+        decoded = net.synthesis(torch.from_numpy(code.tensors["y"].astype(np.float32))[None] * inverse)
+    coded = np.abs(code.tensors["y"]).max((1, 2)) > 0
+    assert (symbols[0].numpy()[coded] == code.tensors["y"][coded]).mean() >= 0.999
+    pixels = (decoded[0].permute(1, 2, 0) * 255 + 0.5).floor().numpy()[:75, :117]
+    assert abs(codec.synthesise(code) - pixels).max() <= 1
+
+
+def test_model_id_is_permanent(run: Path, zoo: Path) -> None:
+    net, _ = load_checkpoint(run / "checkpoint.pt")
+    with pytest.raises(errors.InvalidArgument, match="a model id is permanent"):
+        export(net, load_pieces(list_training(IMAGES), 16, CPU), "small-1", zoo, {}, [])
+
+
+def test_data_errors(tmp_path: Path) -> None:
+    with pytest.raises(errors.InvalidArgument, match="no pictures in"):
+        list_training(tmp_path)
+    with pytest.raises(errors.InvalidArgument, match=r"index\.csv"):
+        list_training(tmp_path, "free")
+    (tmp_path / "index.csv").write_text("file,tier\na.png,free\nb.png,research\n")
+    assert list_training(tmp_path, "free") == [tmp_path / "a.png"]
+    with pytest.raises(errors.InvalidArgument, match="no picture of at least 4096x4096"):
+        load_pieces(list_training(IMAGES), 4096, CPU)
+    (tmp_path / "no.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(errors.DataError, match="is no checkpoint"):
+        load_checkpoint(tmp_path / "no.pt")
+
+
+def test_commands(tmp_path: Path) -> None:
+    def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hourglass.codec.train", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    small = ["--latent", "32", "--trunk", "16", "--steps", "3", "--batch", "2", "--crop", "64"]
+    done = python("run", IMAGES, "--out", tmp_path / "run", *small)
+    assert done.returncode == 0, done.stderr
+    assert "step 3  loss" in done.stderr + done.stdout
+    done = python("run", IMAGES, "--out", tmp_path / "run", "--crop", "50")
+    assert (done.returncode, done.stderr) == (1, "error: --crop is 50; expected a multiple of 16\n")
+    (tmp_path / "empty").mkdir()
+    done = python("run", tmp_path / "empty", "--out", tmp_path / "run2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no pictures in")

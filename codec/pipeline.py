@@ -224,7 +224,8 @@ class Codec:
 def check_quality(quality: float) -> None:
     """Raise `InvalidArgument` unless `quality` is a number from 0 to 100."""
     if not isinstance(quality, (int, float)) or not 0 <= quality <= 100:
-        raise InvalidArgument(f"quality is {quality!r}; expected a number from 0 (smallest) to 100 (best)")
+        got = f"{quality:g}" if isinstance(quality, (int, float)) else repr(quality)
+        raise InvalidArgument(f"quality is {got}; expected a number from 0 (smallest) to 100 (best)")
 
 
 def _read_image(source: ImageSource, limits: Limits) -> Pixels:

@@ -67,8 +67,10 @@ def test_checkpoint_of_another_shape_is_refused(run: Path) -> None:
 
 
 def test_training_lowers_the_loss() -> None:
+    """A network whose last layer was made wrong is mostly mended by 40 steps, on a picture that they do not see."""
+    settings = replace(SETTINGS, steps=100_000)
     pieces, held_out = load_pieces(list_training(IMAGES), 64, CPU).split(2)
-    state = loop.fresh(SETTINGS, SHAPE, pieces, CPU)
+    state = loop.fresh(settings, SHAPE, pieces, CPU)
     x = held_out.pixels.permute(0, 3, 1, 2).float() / 255
     quality = torch.tensor([30.0, 70.0])
 
@@ -76,10 +78,14 @@ def test_training_lowers_the_loss() -> None:
         torch.manual_seed(5)
         return float(loop.loss_of(state.net, x, quality).detach())
 
-    before = loss()
-    for _ in range(30):
-        loop.step(state, replace(SETTINGS, steps=1000), pieces)
-    assert loss() < 0.97 * before
+    best = loss()
+    with torch.no_grad():
+        state.net.synthesis.from_trunk.weight.mul_(0.7)
+    worse = loss()
+    state.step = 200  # behind the warm-up
+    for _ in range(40):
+        loop.step(state, settings, pieces)
+    assert loss() - best < 0.3 * (worse - best)
 
 
 def test_pca_start_is_a_transform_codec() -> None:

@@ -63,7 +63,7 @@ def run(
 
 
 @main.command()
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option("--id", "model_id", required=True, help="Permanent id of the model, in every file that it writes.")
 @click.option(
     "--pictures",
@@ -81,8 +81,8 @@ def run(
 @click.option("--zoo", default=runtime.ZOO, show_default="the package's", type=click.Path(path_type=Path))
 @click.option("--note", default="", help="Where the training pictures come from, for the manifest.")
 def export(run: Path, model_id: str, pictures: Path, tier: str | None, measure: Path, zoo: Path, note: str) -> None:
-    """Export the checkpoint of folder RUN as a model of the zoo."""
-    net, values = exporting.load_checkpoint(run / "checkpoint.pt")
+    """Export a model of the zoo from RUN: the folder of a run, or a file of weights."""
+    net, values = exporting.load_checkpoint(run / "checkpoint.pt" if run.is_dir() else run)
     paths = list_training(pictures, tier)
     training = {
         "pictures": len(paths),

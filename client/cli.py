@@ -184,7 +184,7 @@ def _each(targets: dict[str, str], work: Callable[[str, str], Any], as_json: boo
             other = f"{exc.filename}: " if exc.filename not in (None, name) else ""
             status = _complain(name, f"{other}{exc.strerror or exc}", max(status, BAD_DATA))
         else:
-            for loss in losses:
+            for loss in (w for w in losses if issubclass(w.category, errors.LossWarning)):  # not Pillow's own
                 _complain(name, f"warning: {loss.message}", status)
             text = json.dumps(asdict(report)) if as_json else str(report)
             click.echo(text, err=STREAM in targets.values())

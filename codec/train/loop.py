@@ -206,6 +206,7 @@ def _save(state: State, settings: Settings, path: Path) -> None:
         "optimiser": state.optimiser.state_dict(),
         "generator": state.generator.get_state(),
         "noise": torch.get_rng_state(),
+        "noise_cuda": torch.cuda.get_rng_state_all(),  # empty without CUDA
     }
     temporary = path.with_suffix(".tmp")
     torch.save(values, temporary)
@@ -224,4 +225,6 @@ def _load(state: State, path: Path) -> None:
     state.optimiser.load_state_dict(values["optimiser"])
     state.generator.set_state(values["generator"])
     torch.set_rng_state(values["noise"])
+    if len(values["noise_cuda"]) == torch.cuda.device_count():  # else the run moved to another kind of machine
+        torch.cuda.set_rng_state_all(values["noise_cuda"])
     state.step, state.seconds = values["step"], values["seconds"]

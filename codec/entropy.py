@@ -155,6 +155,6 @@ def _decode_escapes(
         begin += len(places)
         below = distance % 2 == 1
         value = first + np.where(below, -(distance + 1) // 2, entries + distance // 2)
-        if (abs(value) > np.iinfo(np.int16).max).any():
+        if (value.astype(np.int16) != value).any():
             raise CorruptError("an escaped symbol is outside the range of int16")
         flat[places] = value

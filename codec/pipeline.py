@@ -50,6 +50,8 @@ class Code:
 
     def __post_init__(self) -> None:
         check_quality(self.quality)
+        # As the file stores it, so that a Code is the same, and its tables too, before and after packing.
+        object.__setattr__(self, "quality", round(self.quality, 2))
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
 
     def __eq__(self, other: object) -> bool:
@@ -135,11 +137,11 @@ class Codec:
         height, width = pixels.shape[:2]
         model = self._model(self.model)
         latent = model.analyse(pixels)
-        for quality in qualities:
-            check_quality(quality)
-            rounded = round(quality, 2)  # as the file stores it: a Code is the same before and after packing
-            symbols = _quantise(model, latent, rounded)
-            yield Code(model.id, rounded, width, height, {model.tensor.name: symbols})
+        for wanted in qualities:
+            check_quality(wanted)
+            quality = round(wanted, 2)
+            symbols = _quantise(model, latent, quality)
+            yield Code(model.id, quality, width, height, {model.tensor.name: symbols})
 
     def synthesise(self, code: Code) -> Pixels:
         """Inverse gain, synthesis transform: a Code -> (H, W, 3) uint8. Raises `CodeError`, `UnknownModelError`."""

@@ -45,7 +45,7 @@ def test_round_trip(coded: tuple[NDArray[np.int16], NDArray[np.uint8]]) -> None:
 
 @pytest.mark.parametrize("table", [1, 2, 3])
 def test_every_int16_escapes_and_returns(table: int) -> None:
-    symbols = np.arange(-32767, 32768).astype(np.int16)
+    symbols = np.arange(-32768, 32768).astype(np.int16)
     index = np.full(symbols.shape, table, np.uint8)
     assert np.array_equal(decode(encode(symbols, index, TABLES), index, TABLES), symbols)
 

@@ -154,6 +154,13 @@ def test_stdin_to_stdout(parrots: Path, codec: Codec) -> None:
     assert np.array_equal(image.read(io.BytesIO(unpacked.stdout).getvalue()), codec.decode(packed.stdout))
 
 
+def test_quality_is_that_of_the_file(parrots: Path, codec: Codec) -> None:
+    """12.4999 is stored as 12.5, where other tables begin: the code must be coded with those."""
+    code = codec.analyse(parrots, quality=12.5)
+    near = Code(code.model, 12.4999, code.width, code.height, code.tensors)
+    assert codec.unpack(codec.pack(near)) == near == code
+
+
 def test_equal_codes_differ_in_nothing(parrots: Path, codec: Codec) -> None:
     code = codec.analyse(parrots)
     (name,) = code.tensors

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack, cast, get_args
 
 import click
 
@@ -31,6 +31,7 @@ _HELP = """Compress pictures to .hgc files, or decode them.
 \b
   compress-image photo.jpg                  writes photo.hgc
   compress-image -q 70 -o archive/ *.png    many pictures, into a folder
+  compress-image --target-size 40k a.png    the best picture in 40,000 bytes
   compress-image -d photo.hgc -o out.png    decodes; the suffix sets the format
   compress-image -l photo.hgc               shows what is in a file
   compress-image - < photo.jpg > photo.hgc  from stdin to stdout
@@ -46,7 +47,7 @@ done all the same); 2 wrong usage.
 class Coder(Protocol):
     """What the command needs of `Codec` and `Client` alike."""
 
-    def encode(self, image: image.ImageSource, *, quality: float = ...) -> bytes: ...
+    def encode(self, image: image.ImageSource, **settings: Unpack[codec.Settings]) -> bytes: ...
     def decode(self, data: codec.FileSource) -> image.Pixels: ...
 
 
@@ -54,7 +55,7 @@ class Coder(Protocol):
 class Options:
     """What the flags say, beside the files."""
 
-    quality: float
+    settings: codec.Settings
     force: bool
     metrics: bool
 
@@ -95,9 +96,15 @@ class Report:
     "-q",
     "--quality",
     type=click.FloatRange(0, 100),
-    default=codec.DEFAULT_QUALITY,
-    show_default=True,
-    help="0 (smallest) to 100 (best).",
+    help=f"0 (smallest) to 100 (best).  [default: {codec.DEFAULT_QUALITY:g}]",
+)
+@click.option("--target-size", metavar="SIZE", help="Largest file wanted: bytes, 40k, 1.5M, or 5% of the input.")
+@click.option("--target-bpp", type=float, metavar="BPP", help="The same in bits per pixel.")
+@click.option("--target-psnr", type=float, metavar="DB", help="Least PSNR wanted, in dB over RGB.")
+@click.option(
+    "--effort",
+    type=click.Choice(get_args(codec.Effort)),
+    help="How hard to look for the smallest file.  [default: default]",
 )
 @click.option("-d", "--decode", "action", flag_value="decode", help="Decode .hgc files; to .png unless -o says else.")
 @click.option("-l", "--list", "action", flag_value="list", help="Check .hgc files and show their headers.")
@@ -114,21 +121,30 @@ def main(
     as_json: bool,
     model: str | None,
     server: str | None,
-    **options: Any,
+    force: bool,
+    metrics: bool,
+    **given: Any,
 ) -> None:
-    if options["metrics"] and action:
-        raise click.UsageError("--metrics compares a picture with its .hgc file: it goes with encoding only")
+    settings = cast("codec.Settings", {name: value for name, value in given.items() if value is not None})
+    chosen = Options(settings, force, metrics)
+    for name in ["metrics"] * metrics + list(settings):
+        if action:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with encoding only")
     if action == "list":
         if output is not None:
             raise click.UsageError("-l prints the header: it goes without -o")
         sys.exit(_each(dict.fromkeys(inputs, ""), _list, as_json))
+    try:
+        codec.check_settings(settings)
+    except errors.InvalidArgument as exc:
+        raise click.UsageError(str(exc)) from exc
     targets = _targets(inputs, output, ".png" if action == "decode" else SUFFIX)
     try:
         if action == "decode":
             for target in targets.values():
                 _picture_format(target)
         with _coder(model, server) as coder:
-            work = partial(_decode if action == "decode" else _encode, coder, Options(**options))
+            work = partial(_decode if action == "decode" else _encode, coder, chosen)
             status = _each(targets, work, as_json)
     except (errors.InvalidArgument, errors.UnknownModelError) as exc:
         raise click.UsageError(str(exc)) from exc
@@ -160,6 +176,8 @@ def _targets(inputs: tuple[str, ...], output: str | None, suffix: str) -> dict[s
         elif name == STREAM:
             target = STREAM
         else:
+            if not Path(name).name:
+                raise click.UsageError(f"{name!r} is no file name")
             path = Path(name).with_suffix(suffix)
             target = str(Path(str(output)) / path.name if folder else path)
         if name in targets or target in targets.values():
@@ -200,7 +218,7 @@ def _encode(coder: Coder, options: Options, name: str, target: str) -> Report:
     _check_target(name, target, options.force)
     content = _read(name)
     started = time.perf_counter()
-    data = coder.encode(content, quality=options.quality)
+    data = coder.encode(content, **options.settings)
     seconds = time.perf_counter() - started
     psnr = ms_ssim = None
     if options.metrics:

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from hourglass.codec import DEFAULT_QUALITY, Code, FileSource, ImageSource, ModelInfo, Pixels, errors, image
+from hourglass.codec import Code, FileSource, ImageSource, ModelInfo, Pixels, Settings, errors, image
 from hourglass.v1 import codec_pb2 as pb
 from hourglass.v1 import codec_pb2_grpc, convert
 
@@ -63,9 +63,9 @@ class Client:
         self._channel = grpc.insecure_channel(address, _OPTIONS)
         self._stub: Any = codec_pb2_grpc.CodecServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
-    def encode(self, image: ImageSource, *, quality: float = DEFAULT_QUALITY) -> bytes:
+    def encode(self, image: ImageSource, **settings: Unpack[Settings]) -> bytes:
         """A picture -> the bytes of a .hgc file; the same bytes as `Codec.encode`."""
-        request = self._request(image, quality)
+        request = self._request(image, settings)
         request.want_file = True
         return self._encode(request).file
 
@@ -74,9 +74,9 @@ class Client:
         content = Path(data).read_bytes() if isinstance(data, (str, os.PathLike)) else bytes(data)
         return self._decode(pb.DecodeRequest(file=content))
 
-    def analyse(self, image: ImageSource, *, quality: float = DEFAULT_QUALITY) -> Code:
+    def analyse(self, image: ImageSource, **settings: Unpack[Settings]) -> Code:
         """A picture -> its Code; the same integers as `Codec.analyse`."""
-        request = self._request(image, quality)
+        request = self._request(image, settings)
         request.want_code = True
         return convert.code_from_message(self._encode(request).code)
 
@@ -87,7 +87,7 @@ class Client:
     def models(self) -> list[ModelInfo]:
         """The models of the server."""
         answer: pb.ListModelsResponse = self._call(self._stub.ListModels, pb.ListModelsRequest())
-        return [ModelInfo(m.id, m.channels, m.stride, json.loads(m.manifest_json)) for m in answer.models]
+        return [convert.model_from_message(model) for model in answer.models]
 
     def close(self) -> None:
         """Close the connection; calls in flight fail."""
@@ -101,15 +101,16 @@ class Client:
     ) -> None:
         self.close()
 
-    def _request(self, source: ImageSource, quality: float) -> pb.EncodeRequest:
+    def _request(self, source: ImageSource, settings: Settings) -> pb.EncodeRequest:
         """Image files travel as they are, pictures in memory as raw pixels."""
-        request = pb.EncodeRequest(quality=quality, model=self._model)
+        request = pb.EncodeRequest(model=self._model)
         if isinstance(source, (str, os.PathLike)):
             request.image_file = Path(source).read_bytes()
         elif isinstance(source, (bytes, bytearray, memoryview)):
             request.image_file = bytes(source)
         else:
             request.pixels.CopyFrom(convert.pixels_to_message(image.read(source)))
+        convert.set_settings(request, settings, len(request.image_file) or None)
         return request
 
     def _encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:

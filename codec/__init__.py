@@ -11,6 +11,7 @@ For many pictures build one `Codec` and call its methods of the same names.
 from __future__ import annotations
 
 from functools import cache
+from typing import Unpack
 
 if __name__ != "hourglass.codec":
     # From the root of a checkout `import codec` finds this folder too, and would make a twin of every class.
@@ -21,13 +22,26 @@ from hourglass.codec.container import Header, Section
 from hourglass.codec.errors import HourglassError
 from hourglass.codec.image import ImageSource, Pixels
 from hourglass.codec.limits import Limits
-from hourglass.codec.pipeline import DEFAULT_QUALITY, Code, Codec, Distortion, FileSource, ModelInfo
+from hourglass.codec.pipeline import (
+    DEFAULT_QUALITY,
+    Code,
+    Codec,
+    Distortion,
+    FileSource,
+    ModelInfo,
+    Settings,
+    check_settings,
+    parse_size,
+)
+from hourglass.codec.quantise import Effort
+from hourglass.codec.runtime import TensorRule
 
 __all__ = [
     "DEFAULT_QUALITY",
     "Code",
     "Codec",
     "Distortion",
+    "Effort",
     "FileSource",
     "Header",
     "HourglassError",
@@ -36,10 +50,14 @@ __all__ = [
     "ModelInfo",
     "Pixels",
     "Section",
+    "Settings",
+    "TensorRule",
+    "check_settings",
     "decode",
     "encode",
     "errors",
     "metrics",
+    "parse_size",
     "read_header",
 ]
 
@@ -49,9 +67,9 @@ def _default() -> Codec:
     return Codec()
 
 
-def encode(image: ImageSource, *, quality: float = DEFAULT_QUALITY) -> bytes:
+def encode(image: ImageSource, **settings: Unpack[Settings]) -> bytes:
     """A picture (path, image file bytes, PIL image, array) -> the bytes of a .hgc file. See `Codec.encode`."""
-    return _default().encode(image, quality=quality)
+    return _default().encode(image, **settings)
 
 
 def decode(data: FileSource) -> Pixels:

@@ -59,66 +59,107 @@ class Tables:
         return np.asarray(np.diff(self.start) == 1)
 
     def model(self, table: int) -> constriction.stream.model.Model:
-        probabilities = self.frequencies_of(table).astype(np.float64) / TOTAL
-        return constriction.stream.model.Categorical(probabilities, lazy=False, perfect=False)
+        """constriction's model of a table; made once."""
+        if table not in self._models:
+            probabilities = self.frequencies_of(table).astype(np.float64) / TOTAL
+            self._models[table] = constriction.stream.model.Categorical(probabilities, lazy=False, perfect=False)
+        return self._models[table]
+
+    @cached_property
+    def _models(self) -> dict[int, constriction.stream.model.Model]:
+        return {}
 
 
-def encode(symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables) -> bytes:
-    """Code `symbols` (any shape, int16), each with the table that `index` (same shape, uint8) names.
+class Encoder:
+    """Codes any number of arrays of symbols, one behind the other."""
 
-    Symbols whose table is a sure zero must be 0 (`ValueError`).
-    """
-    flat = symbols.reshape(-1).astype(np.int32)
-    coder = constriction.stream.queue.RangeEncoder()
-    outside = []
-    for table, places in _groups(index, tables):
-        entries = tables.start[table + 1] - tables.start[table] - 1
-        entry = flat[places] - tables.first[table]
-        escaped = (entry < 0) | (entry >= entries)
-        if escaped.any():
-            distance = np.where(entry < 0, -2 * entry - 1, 2 * (entry - entries))[escaped]
-            outside.append(distance)
-            entry = np.where(escaped, entries, entry)
-        coder.encode(entry.astype(np.int32), tables.model(table))
-    if flat[tables.sure_zero[index.reshape(-1)]].any():
-        raise ValueError("a symbol whose table is a sure zero is not 0")
-    if outside:
-        _encode_gamma(coder, np.concatenate(outside))
-    words: NDArray[np.uint32] = coder.get_compressed()
-    return words.astype("<u4").tobytes()
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._coder = constriction.stream.queue.RangeEncoder()
 
+    def put(self, symbols: NDArray[np.int16], index: NDArray[np.uint8]) -> None:
+        """Code `symbols` (any shape, int16), each with the table that `index` (same shape, uint8) names.
 
-def decode(data: bytes | memoryview, index: NDArray[np.uint8], tables: Tables) -> NDArray[np.int16]:
-    """Inverse of `encode`: symbols of the shape of `index`. Raises `CorruptError` for bytes no encoder wrote."""
-    if len(data) % 4:
-        raise CorruptError(f"entropy-coded data has {len(data)} bytes; expected a multiple of 4")
-    coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
-    flat = np.zeros(index.size, np.int32)
-    escapes = []
-    try:
+        Symbols whose table is a sure zero must be 0 (`ValueError`).
+        """
+        tables = self._tables
+        flat = symbols.reshape(-1)
+        if np.count_nonzero(flat) and flat[tables.sure_zero[index.reshape(-1)]].any():
+            raise ValueError("a symbol whose table is a sure zero is not 0")
+        outside = []
         for table, places in _groups(index, tables):
             entries = tables.start[table + 1] - tables.start[table] - 1
-            entry = coder.decode(tables.model(table), len(places))
-            escaped = np.flatnonzero(entry == entries)
-            if len(escaped):
-                escapes.append((places[escaped], int(tables.first[table]), int(entries)))
-            flat[places] = entry + tables.first[table]
-        _decode_escapes(coder, flat, escapes)
-    except AssertionError as exc:  # what constriction raises when the bits fit no symbol
-        raise CorruptError(f"entropy-coded data is invalid: {exc}") from exc
-    if not coder.maybe_exhausted():
-        raise CorruptError("entropy-coded data goes on behind the last symbol")
-    return flat.astype(np.int16).reshape(index.shape)
+            entry = flat[places].astype(np.int32)
+            entry -= tables.first[table]
+            if entry.min() < 0 or entry.max() >= entries:
+                escaped = (entry < 0) | (entry >= entries)
+                distance = np.where(entry < 0, -2 * entry - 1, 2 * (entry - entries))[escaped]
+                outside.append(distance)
+                entry[escaped] = entries
+            self._coder.encode(entry, tables.model(table))
+        if outside:
+            _encode_gamma(self._coder, np.concatenate(outside))
+
+    def finish(self) -> bytes:
+        """All that was coded."""
+        words: NDArray[np.uint32] = self._coder.get_compressed()
+        return words.astype("<u4").tobytes()
+
+
+class Decoder:
+    """Inverse of `Encoder`: the same calls with the same index. Raises `CorruptError` for bytes no encoder wrote."""
+
+    def __init__(self, data: bytes | memoryview, tables: Tables) -> None:
+        if len(data) % 4:
+            raise CorruptError(f"entropy-coded data has {len(data)} bytes; expected a multiple of 4")
+        self._tables = tables
+        self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+
+    def get(self, index: NDArray[np.uint8]) -> NDArray[np.int16]:
+        """The next symbols, int16 of the shape of `index`."""
+        tables = self._tables
+        flat = np.zeros(index.size, np.int16)
+        escapes = []
+        try:
+            for table, places in _groups(index, tables):
+                entries = tables.start[table + 1] - tables.start[table] - 1
+                entry = self._coder.decode(tables.model(table), len(places))
+                if entry.max() == entries:
+                    escapes.append((places[entry == entries], int(tables.first[table]), int(entries)))
+                flat[places] = entry + tables.first[table]
+            _decode_escapes(self._coder, flat, escapes)
+        except AssertionError as exc:  # what constriction raises when the bits fit no symbol
+            raise CorruptError(f"entropy-coded data is invalid: {exc}") from exc
+        return flat.reshape(index.shape)
+
+    def finish(self) -> None:
+        """Raises `CorruptError` when there is more."""
+        if not self._coder.maybe_exhausted():
+            raise CorruptError("entropy-coded data goes on behind the last symbol")
+
+
+def ideal_bits(symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables) -> float:
+    """What the tables say that `Encoder.put` takes, in bits; escape codes without what follows them."""
+    flat, total = symbols.reshape(-1), 0.0
+    for table, places in _groups(index, tables):
+        frequencies = tables.frequencies_of(table)
+        entry = flat[places].astype(np.int64) - tables.first[table]
+        entry[(entry < 0) | (entry >= len(frequencies) - 1)] = len(frequencies) - 1
+        counts = np.bincount(entry, minlength=len(frequencies))
+        total += float(counts @ -np.log2(frequencies / TOTAL))
+    return total
 
 
 def _groups(index: NDArray[np.uint8], tables: Tables) -> Iterator[_Group]:
     """(table, places in flat order) for each table in use, ascending; sure zeros left out."""
     flat = index.reshape(-1)
-    order = np.argsort(flat, kind="stable")  # a radix sort for uint8
-    ends = np.cumsum(np.bincount(flat, minlength=len(tables)))
+    coded = np.flatnonzero(~tables.sure_zero[flat])
+    used = flat[coded]
+    order = coded[np.argsort(used, kind="stable")]  # a radix sort for uint8
+    ends = np.cumsum(np.bincount(used, minlength=len(tables)))
     begin = 0
     for table, end in enumerate(ends.tolist()):
-        if end > begin and not tables.sure_zero[table]:
+        if end > begin:
             yield table, order[begin:end]
         begin = end
 
@@ -136,7 +177,7 @@ def _encode_gamma(coder: constriction.stream.queue.RangeEncoder, distance: NDArr
 
 def _decode_escapes(
     coder: constriction.stream.queue.RangeDecoder,
-    flat: NDArray[np.int32],
+    flat: NDArray[np.int16],
     escapes: list[tuple[NDArray[np.intp], int, int]],
 ) -> None:
     """Read the distances behind the symbols and put the escaped symbols, in the order coded, into `flat`."""

@@ -1,7 +1,8 @@
 """Models at run time: the zoo, its manifests and frozen numbers, the ONNX sessions. The only user of onnxruntime.
 
-A model is a folder `zoo/<id>/`: encoder.onnx, decoder.onnx, tables.npz, manifest.json. The manifest names the sha256
-of the other files; each is verified when it is first loaded, and no file is loaded before it is needed.
+A model is a folder `zoo/<id>/`: encoder.onnx, prior.onnx, decoder.onnx, gradient.onnx, tables.npz, manifest.json.
+The manifest names the sha256 of the other files; each is verified when it is first loaded, and no file is loaded before
+it is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec.entropy import Tables
+from hourglass.codec import exactness
+from hourglass.codec.entropy import TOTAL, Tables
 from hourglass.codec.errors import HourglassError, ModelError, UnknownModelError
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent / "zoo"
 """The models that ship with the package."""
 
-DEFAULT_MODEL = "hourglass-0"
+DEFAULT_MODEL = "hourglass-1"
 
 
 def model_ids(zoo: Path = ZOO) -> list[str]:
@@ -41,6 +43,13 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_LARGE = 12 << 20
+"""Bytes of one input, from which on a run does not keep its memory."""
+
+PADDING = 64
+"""Pixels a side that one position of the hyper-latent covers; pictures are padded to multiples of it."""
+
+
 @dataclass(frozen=True)
 class TensorRule:
     """The rule for one code tensor: (channels, ceil(H / stride), ceil(W / stride)) int16."""
@@ -51,6 +60,17 @@ class TensorRule:
 
     def shape(self, width: int, height: int) -> tuple[int, int, int]:
         return self.channels, -(-height // self.stride), -(-width // self.stride)
+
+
+@dataclass(frozen=True)
+class Units:
+    """Inputs of prior.onnx that depend on the quality; integers, or integers of 9 bits times powers of two."""
+
+    quality: NDArray[np.float32]
+    hyper_unit: NDArray[np.float32]
+    known_unit: NDArray[np.float32]
+    mean_unit: NDArray[np.float32]
+    level_offset: NDArray[np.float32]
 
 
 class Model:
@@ -68,11 +88,15 @@ class Model:
         self._threads = threads or usable_cores()
         self._lock = threading.Lock()
         self._sessions: dict[str, ort.InferenceSession] = {}
+        self._costs: dict[int, NDArray[np.float32]] = {}
         if model_id not in (known := model_ids(zoo)):
             raise UnknownModelError(f"no model {model_id!r} is installed; known models: {', '.join(known) or 'none'}")
         try:
             self.manifest: dict[str, Any] = json.loads((self._folder / "manifest.json").read_text())
-            self.tensor = TensorRule(**self.manifest["code"])
+            self.tensors = tuple(TensorRule(**rule) for rule in self.manifest["code"])
+            self.latent, self.hyper = self.tensors
+            network = self.manifest["network"]
+            self._features, self._lambdas = network["features"], (network["lambda_low"], network["lambda_high"])
             self._sha256: dict[str, str] = dict(self.manifest["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise ModelError(f"model {model_id!r} has an unusable manifest: {exc!r}; reinstall the package") from exc
@@ -80,25 +104,54 @@ class Model:
     @cached_property
     def _numbers(self) -> dict[str, NDArray[Any]]:
         with np.load(io.BytesIO(self._file("tables.npz")), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            numbers = {name: arrays[name] for name in arrays.files}
+        # What the proof of exactness takes for granted of the prior's inputs.
+        exponents = numbers["latent_exponent"]
+        if numbers["mantissa"].max() > exactness.MANTISSA or 6 * abs(exponents).max() + 5120 > exactness.OFFSET:
+            raise ModelError(f"tables.npz of model {self.id!r} has units that prior.onnx is not exact for; reinstall")
+        return numbers
 
     @cached_property
     def tables(self) -> Tables:
         """The frozen probability tables."""
         return Tables(*(self._numbers[name] for name in ("first", "start", "frequencies")))
 
-    def table_index(self, quality: float) -> NDArray[np.uint8]:
-        """(channels,) uint8: the table that each channel of the code uses at `quality`."""
-        index: NDArray[np.uint8] = self._numbers["index"][int(quality + 0.5)]
-        return index
+    @property
+    def level_tables(self) -> NDArray[np.uint8]:
+        """(64,) uint8: the table of each scale of the prior's ladder."""
+        tables: NDArray[np.uint8] = self._numbers["level_tables"]
+        return tables
+
+    def costs(self, reach: int) -> NDArray[np.float32]:
+        """(tables, 2 reach + 1) float32: bits of the symbols -reach..reach in each table, escapes at 32."""
+        if reach not in self._costs:
+            tables = self.tables
+            costs = np.full((len(tables), 2 * reach + 1), 32, np.float32)
+            for table in range(len(tables)):
+                bits = -np.log2(tables.frequencies_of(table)[:-1] / TOTAL)
+                first = int(tables.first[table])
+                low, high = max(first, -reach), min(first + len(bits), reach + 1)
+                if low < high:
+                    costs[table, low + reach : high + reach] = bits[low - first : high - first]
+            self._costs[reach] = costs
+        return self._costs[reach]
+
+    def hyper_tables(self, quality: float) -> NDArray[np.uint8]:
+        """(Z,) uint8: the table of each channel of the hyper-latent at `quality`."""
+        tables: NDArray[np.uint8] = self._numbers["hyper_tables"][(_hundredths(quality) + 50) // 100]
+        return tables
 
     def gain(self, quality: float) -> NDArray[np.float32]:
-        """(channels,) float32: what the latent is multiplied by before rounding."""
+        """(C,) float32: what the latent is multiplied by before rounding."""
         return self._at_quality("log_gain", quality)
 
     def inverse_gain(self, quality: float) -> NDArray[np.float32]:
-        """(channels,) float32: what a symbol is multiplied by before synthesis."""
+        """(C,) float32: what a dequantised symbol is multiplied by before synthesis."""
         return self._at_quality("log_inverse", quality)
+
+    def hyper_gain(self, quality: float) -> NDArray[np.float32]:
+        """(Z,) float32: what the hyper-latent is multiplied by before rounding."""
+        return self._at_quality("log_hyper_gain", quality)
 
     def _at_quality(self, name: str, quality: float) -> NDArray[np.float32]:
         """exp of an (anchors, channels) table of logarithms, linear in between; anchors lie evenly in 0..100."""
@@ -108,30 +161,110 @@ class Model:
         part = np.float32(place - low)
         return np.asarray(np.exp(rows[low] * (1 - part) + rows[low + 1] * part), np.float32)
 
-    def analyse(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Analysis transform: (H, W, 3) uint8 -> latent (channels, ceil(H / stride), ceil(W / stride)) float32.
+    def units(self, quality: float) -> Units:
+        """The prior's inputs that depend on quality alone, from integers, the same on every machine."""
+        numbers = self._numbers
+        per_unit = _interpolate(numbers["latent_exponent"], quality)  # 256 * log2 of symbols per unit
+        per_hyper = _interpolate(numbers["hyper_exponent"], quality)
+        anchors = len(numbers["latent_exponent"])
+        spacing = 10_000 // (anchors - 1)
+        low = min(_hundredths(quality) // spacing, anchors - 2)
+        part = (_hundredths(quality) - low * spacing) * 32 // spacing
+        weights = np.zeros(anchors, np.float32)
+        weights[low], weights[low + 1] = 32 - part, part
+        return Units(
+            quality=weights.reshape(1, -1, 1, 1),
+            hyper_unit=self._power(-per_hyper, 5),
+            known_unit=self._power(-per_unit, 2),
+            mean_unit=self._power(per_unit, -5),
+            level_offset=(6 * per_unit + 5120).astype(np.float32)[:, None, None],
+        )
 
-        Sides that are no multiple of the stride are padded with their last row or column.
+    def _power(self, exponent: NDArray[np.int64], shift: int) -> NDArray[np.float32]:
+        """2**(exponent / 256 + shift), with 9 bits: a shipped table of integers times a power of two, both exact."""
+        mantissa = self._numbers["mantissa"][exponent % 256]
+        return np.ldexp(mantissa.astype(np.float32), (exponent // 256 + shift - 8).astype(np.int32))[:, None, None]
+
+    def analyse(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Analysis transforms: (H, W, 3) uint8 -> latent (C, 4 h, 4 w) and hyper-latent (Z, h, w), float32.
+
+        h = ceil(H / 64), w = ceil(W / 64): the picture is padded with its last row and column.
         """
-        height, width = pixels.shape[:2]
-        stride = self.tensor.stride
-        bottom, right = -height % stride, -width % stride
-        if bottom or right:
-            pixels = np.pad(pixels, ((0, bottom), (0, right), (0, 0)), mode="edge")
-        return self._run("encoder.onnx", "image", pixels)
+        latent, hyper = self._run("encoder.onnx", {"image": _padded(pixels)[None]})
+        return latent[0], hyper[0]
+
+    def step(
+        self, step: int, z: NDArray[np.int16], known: NDArray[np.int16], features: NDArray[np.float32], units: Units
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.float32]]:
+        """One step of the prior: levels uint8 and means int16 in 1/16 symbols, both (C, h/2, w/2), phase by phase.
+
+        z: hyper-latent (Z, h/4, w/4). known: latent so far in 1/16 symbols (C, h, w), 0 where unknown.
+        features: what step 0 gives as its third result; `no_features` at step 0.
+        """
+        order = self._order[step]
+        inputs: dict[str, NDArray[Any]] = {
+            "step": np.array(step, np.int64),
+            "z": z[None],
+            "known": known[None],
+            "features_before": features,
+            "quality": units.quality,
+            "hyper_unit": units.hyper_unit,
+            "known_unit": units.known_unit,
+            "mean_unit": units.mean_unit[order],
+            "level_offset": units.level_offset[order],
+        }
+        level, mean, features = self._run("prior.onnx", inputs)
+        return level[0], mean[0], features
+
+    @cached_property
+    def no_features(self) -> NDArray[np.float32]:
+        return np.zeros((1, self._features, 1, 1), np.float32)
+
+    @cached_property
+    def _order(self) -> list[NDArray[np.intp]]:
+        """For each step the channels that it codes, phase by phase."""
+        quarters = np.arange(self.latent.channels).reshape(4, -1)
+        return [np.concatenate([quarters[step ^ phase] for phase in range(4)]) for step in range(4)]
+
+    def weight_of_error(self, quality: float) -> float:
+        """lambda: bits for each pixel that one unit of mean squared error (0..255 scale) was worth in training."""
+        low, high = self._lambdas
+        return float(low * (high / low) ** (quality / 100))
+
+    def error_slope(self, latent: NDArray[np.float32], pixels: NDArray[np.uint8]) -> tuple[float, NDArray[np.float32]]:
+        """Squared error of what a latent (C, h, w) decodes to, summed over (H, W, 3) samples, and its gradient.
+
+        The picture is padded as for the analysis; the padding has no error.
+        """
+        image = _padded(pixels)
+        inside = np.zeros((1, *image.shape[:2], 1), np.uint8)
+        inside[:, : pixels.shape[0], : pixels.shape[1]] = 1
+        error, slope = self._run("gradient.onnx", {"latent": latent[None], "image": image[None], "inside": inside})
+        return float(error), slope[0]
 
     def synthesise(self, latent: NDArray[np.float32], width: int, height: int) -> NDArray[np.uint8]:
-        """Synthesis transform: latent (channels, h, w) float32 -> (height, width, 3) uint8."""
-        return np.ascontiguousarray(self._run("decoder.onnx", "latent", latent)[:height, :width])
+        """Synthesis transform: latent (C, h, w) float32 -> (height, width, 3) uint8."""
+        (pixels,) = self._run("decoder.onnx", {"latent": latent[None]})
+        return np.ascontiguousarray(pixels[0, :height, :width])
 
-    def _run(self, file: str, name: str, value: NDArray[Any]) -> NDArray[Any]:
+    def _run(self, file: str, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         session = self._sessions.get(file) or self._open(file)
         try:
-            (result,) = session.run(None, {name: value[None]})
+            results: list[NDArray[Any]] = session.run(None, inputs, self._options(inputs))
         except Exception as exc:  # onnxruntime's exceptions share no public base class
-            raise HourglassError(f"{file} of model {self.id!r} failed on {value.shape}: {exc}") from exc
-        first: NDArray[Any] = result[0]
-        return first
+            shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
+            raise HourglassError(f"{file} of model {self.id!r} failed on {shapes}: {exc}") from exc
+        return results
+
+    @staticmethod
+    def _options(inputs: dict[str, NDArray[Any]]) -> ort.RunOptions:
+        """After a large picture onnxruntime's memory is given back; after a small one it waits for the next."""
+        import onnxruntime as ort
+
+        options = ort.RunOptions()
+        if max(value.nbytes for value in inputs.values()) > _LARGE:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return options
 
     def _open(self, file: str) -> ort.InferenceSession:
         import onnxruntime as ort
@@ -140,13 +273,15 @@ class Model:
             if file not in self._sessions:
                 options = ort.SessionOptions()
                 options.intra_op_num_threads = self._threads
-                # Without the arena memory goes back after each picture; a busy server gains nothing from spinning.
-                options.enable_cpu_mem_arena = False
+                # A busy server gains nothing from spinning.
                 options.add_session_config_entry("session.intra_op.allow_spinning", "0")
                 options.log_severity_level = 3
-                self._sessions[file] = ort.InferenceSession(
-                    self._file(file), options, providers=["CPUExecutionProvider"]
-                )
+                if file == "prior.onnx":  # its small layers gain nothing from a blocked layout
+                    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+                data = self._file(file)
+                if file == "prior.onnx" and exactness.bounds(data) != self.manifest.get("exactness"):
+                    raise ModelError(f"prior.onnx of model {self.id!r} is not as exact as its manifest says; reinstall")
+                self._sessions[file] = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             return self._sessions[file]
 
     def _file(self, name: str) -> bytes:
@@ -161,3 +296,25 @@ class Model:
                 "reinstall the package"
             )
         return data
+
+
+def _padded(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """With its last row and column repeated, up to multiples of PADDING."""
+    height, width = pixels.shape[:2]
+    bottom, right = -height % PADDING, -width % PADDING
+    return np.pad(pixels, ((0, bottom), (0, right), (0, 0)), mode="edge") if bottom or right else pixels
+
+
+def _hundredths(quality: float) -> int:
+    """Quality as the file stores it."""
+    return round(quality * 100)
+
+
+def _interpolate(rows: NDArray[np.int32], quality: float) -> NDArray[np.int64]:
+    """Linear interpolation between anchors that lie evenly in 0..100, in integers: (anchors, N) -> (N,)."""
+    spacing = 10_000 // (len(rows) - 1)
+    low = min(_hundredths(quality) // spacing, len(rows) - 2)
+    part = _hundredths(quality) - low * spacing
+    pair = rows[low : low + 2].astype(np.int64)
+    between: NDArray[np.int64] = (pair[0] * (spacing - part) + pair[1] * part + spacing // 2) // spacing
+    return between

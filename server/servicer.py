@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -12,7 +11,7 @@ from typing import Any, NoReturn, TypeAlias, TypeVar
 import grpc
 import grpc.aio
 
-from hourglass.codec import DEFAULT_QUALITY, Codec, image
+from hourglass.codec import Codec, image
 from hourglass.codec.errors import HourglassError, InvalidArgument
 from hourglass.server.status import status_of
 from hourglass.v1 import codec_pb2 as pb
@@ -60,11 +59,11 @@ class CodecServicer(codec_pb2_grpc.CodecServiceServicer):
         source = request.WhichOneof("source")
         if source is None:
             raise InvalidArgument("request has no picture; set image_file or pixels")
+        settings = convert.get_settings(request)
         given = request.image_file if source == "image_file" else convert.pixels_from_message(request.pixels)
         pixels, losses = image.load(given, self._codec.limits)
         codec = self._codec.with_model(request.model) if request.model else self._codec
-        quality = request.quality if request.HasField("quality") else DEFAULT_QUALITY
-        code = codec.analyse(pixels, quality=quality)
+        code = codec.analyse(pixels, **settings)
         answer = pb.EncodeResponse(
             model=code.model, quality=code.quality, width=code.width, height=code.height, warnings=losses
         )
@@ -93,10 +92,7 @@ class CodecServicer(codec_pb2_grpc.CodecServiceServicer):
         return answer
 
     def _list_models(self, _: pb.ListModelsRequest) -> pb.ListModelsResponse:
-        models = [
-            pb.Model(id=m.id, channels=m.channels, stride=m.stride, manifest_json=json.dumps(dict(m.manifest)))
-            for m in self._codec.models()
-        ]
+        models = [convert.model_to_message(model) for model in self._codec.models()]
         return pb.ListModelsResponse(models=models, default_model=self._codec.model)
 
 

@@ -21,9 +21,15 @@ STATUS: dict[type[errors.HourglassError], grpc.StatusCode] = {
 """The nearest class of an error's ancestry decides."""
 
 
+_LONGEST = 1000
+
+
 def status_of(error: errors.HourglassError) -> grpc.Status:
     """Code, message, and google.rpc.ErrorInfo with the name of the error's class as its reason."""
     code = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=ERROR_DOMAIN))
-    return rpc_status.to_status(status_pb2.Status(code=code.value[0], message=str(error), details=[detail]))
+    message = str(error)
+    if len(message) > _LONGEST:  # it may quote what a client sent, and headers have room for little
+        message = message[:_LONGEST] + "..."
+    return rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=[detail]))

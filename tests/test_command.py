@@ -71,10 +71,11 @@ def test_bad_input(name: str, remote: bool, good: bytes, address: str, tmp_path:
     ("arguments", "message"),
     [
         (["-q", "101", "p.png"], "101"),
+        (["."], "'.' is no file name"),
         (["-q", "high", "p.png"], "high"),
         ([], "Missing argument"),
         (["--nonsense", "p.png"], "--nonsense"),
-        (["--model", "no-such-model", "p.png"], "no model 'no-such-model' is installed; known models: hourglass-0"),
+        (["--model", "no-such-model", "p.png"], "no model 'no-such-model' is installed; known models: hourglass-1"),
         (["-d", "p.hgc", "-o", "out.xyz"], "suffix '.xyz'"),
         (["-d", "--metrics", "p.hgc"], "--metrics"),
         (["-l", "-o", "x", "p.hgc"], "-l"),
@@ -128,7 +129,7 @@ def test_one_line_for_each_picture(parrots: Path, tmp_path: Path) -> None:
 
 def test_list(good: bytes, tmp_path: Path, codec: Codec) -> None:
     (tmp_path / "p.hgc").write_bytes(good)
-    assert b"p.hgc: 768x512, quality 20, model hourglass-0, " in run("-l", "p.hgc", cwd=tmp_path).stdout
+    assert b"p.hgc: 768x512, quality 20, model hourglass-1, " in run("-l", "p.hgc", cwd=tmp_path).stdout
     row = json.loads(run("-l", "--json", "p.hgc", cwd=tmp_path).stdout)
     header = codec.read_header(good)
     assert (row["model"], row["quality"], row["bytes"]) == (header.model, header.quality, len(good))

@@ -40,8 +40,11 @@ def test_worked_example_decodes(codec: Codec) -> None:
     assert symbols is not None
     code = codec.unpack(data)
     assert (code.width, code.height) == (int(size[1]), int(size[2]))
-    (tensor,) = code.tensors.values()
-    places = [f"channel {c} = {tensor[c, 0, 0]}" for c in np.flatnonzero(tensor[:, 0, 0])]
+    places = [
+        f"{name} {channel} = {tensor[channel, 0, 0]}"
+        for name, tensor in code.tensors.items()
+        for channel in np.flatnonzero(tensor[:, 0, 0])
+    ]
     assert symbols[1].replace("\n", " ").split(", ") == places
     assert codec.pack(code) == data
 

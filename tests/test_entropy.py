@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from hourglass.codec.entropy import TOTAL, Tables, decode, encode
+from hourglass.codec.entropy import TOTAL, Decoder, Encoder, Tables, ideal_bits
 from hourglass.codec.errors import CorruptError
 
 
@@ -25,6 +25,19 @@ def _tables() -> Tables:
 
 
 TABLES = _tables()
+
+
+def encode(symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables = TABLES) -> bytes:
+    encoder = Encoder(tables)
+    encoder.put(symbols, index)
+    return encoder.finish()
+
+
+def decode(data: bytes, index: NDArray[np.uint8], tables: Tables = TABLES) -> NDArray[np.int16]:
+    decoder = Decoder(data, tables)
+    symbols = decoder.get(index)
+    decoder.finish()
+    return symbols
 
 
 @st.composite
@@ -64,6 +77,28 @@ def test_size_is_ideal() -> None:
     ideal = -np.log2(p[symbols + 20]).sum() / 8
     size = len(encode(symbols, np.full(symbols.shape, 3, np.uint8), TABLES))
     assert ideal < size < ideal * 1.001 + 8
+
+
+def test_parts_follow_each_other() -> None:
+    """What one call leaves, escapes with it, the next takes up."""
+    rng = np.random.default_rng(2)
+    parts = [
+        (np.where(index == 0, 0, rng.integers(-30, 30, index.shape)).astype(np.int16), index)
+        for index in (rng.integers(0, 4, (3, size)).astype(np.uint8) for size in (1, 50, 7, 400))
+    ]
+    encoder = Encoder(TABLES)
+    for symbols, index in parts:
+        encoder.put(symbols, index)
+    decoder = Decoder(encoder.finish(), TABLES)
+    for symbols, index in parts:
+        assert np.array_equal(decoder.get(index), symbols)
+    decoder.finish()
+
+
+def test_ideal_bits() -> None:
+    symbols, index = np.array([0, 0, 3, 9], np.int16), np.array([0, 1, 2, 3], np.uint8)
+    expected = -np.log2(TABLES.frequencies_of(1)[1] / TOTAL) + 3 - np.log2(TABLES.frequencies_of(3)[29] / TOTAL)
+    assert ideal_bits(symbols, index, TABLES) == pytest.approx(expected)
 
 
 def test_sure_zeros_cost_nothing_and_must_be_zero() -> None:

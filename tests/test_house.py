@@ -27,6 +27,7 @@ FOLDERS = {
     "hourglass.client": ROOT / "client",
 }
 TRAIN = "hourglass.codec.train"
+GRAPHS = ("encoder.onnx", "prior.onnx", "decoder.onnx", "gradient.onnx")
 
 MAY_IMPORT = {
     "hourglass.codec": {"hourglass.codec"},
@@ -39,7 +40,7 @@ ONLY_IN = {
     "onnx": re.compile(r"codec/train/"),
     "tqdm": re.compile(r"codec/train/"),
     "PIL": re.compile(r"codec/image\.py"),
-    "onnxruntime": re.compile(r"codec/runtime\.py"),
+    "onnxruntime": re.compile(r"codec/(runtime|train/graphs)\.py"),
     "constriction": re.compile(r"codec/entropy\.py"),
     "grpc": re.compile(r"(server|client|proto)/"),
 }
@@ -114,8 +115,9 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
 
 
 def test_public_names() -> None:
-    expected = """Code Codec DEFAULT_QUALITY Distortion FileSource Header HourglassError ImageSource Limits ModelInfo
-                  Pixels Section decode encode errors metrics read_header"""
+    expected = """Code Codec DEFAULT_QUALITY Distortion Effort FileSource Header HourglassError ImageSource Limits
+                  ModelInfo Pixels Section Settings TensorRule check_settings decode encode errors metrics parse_size
+                  read_header"""
     assert set(codec.__all__) == set(expected.split())
     assert all(hasattr(codec, name) for name in codec.__all__)
 
@@ -132,11 +134,11 @@ def test_model_is_what_its_manifest_says(model_id: str) -> None:
     manifest = json.loads((ZOO / model_id / "manifest.json").read_text())
     files = {path.name for path in (ZOO / model_id).iterdir()} - {"manifest.json"}
     assert manifest["id"] == model_id
-    assert set(manifest["sha256"]) == files == {"encoder.onnx", "decoder.onnx", "tables.npz"}
+    assert set(manifest["sha256"]) == files == {*GRAPHS, "tables.npz"}
     for name, digest in manifest["sha256"].items():
         assert hashlib.sha256((ZOO / model_id / name).read_bytes()).hexdigest() == digest
-    onnx.checker.check_model(onnx.load(ZOO / model_id / "encoder.onnx"), full_check=True)
-    onnx.checker.check_model(onnx.load(ZOO / model_id / "decoder.onnx"), full_check=True)
+    for name in GRAPHS:
+        onnx.checker.check_model(onnx.load(ZOO / model_id / name), full_check=True)
     rates = [row["bpp"] for row in manifest["measured"]]
     assert rates == sorted(rates)
     assert manifest["training"]["steps"] > 0
@@ -191,12 +193,17 @@ def test_readme_flags_exist() -> None:
 
 def test_readme_table_is_the_committed_measurement() -> None:
     results = json.loads((ROOT / "tests" / "bench" / "rd.json").read_text())
+    others = json.loads((ROOT / "tests" / "bench" / "rd-photos2.json").read_text())["bd_rate_psnr"]
     for name, rate in results["bd_rate_psnr"].items():
-        assert f"| {name} | {rate:+.1f} % |" in README
+        assert f"| {name} | {rate:+.1f} % | {others[name]:+.1f} % |" in README
     for point in results["curves"][results["model"]]:
         row = f"| {point['quality']:g} | {point['bpp']:.3f} | {point['psnr']:.2f} | {point['ms_ssim']:.4f} |"
         assert row in README
     assert results["date"] in README
+    speed = json.loads((ROOT / "tests" / "bench" / "speed.json").read_text())
+    for row in speed["rows"]:
+        own, rival = (row["pixels"] / 1e6 / row[name]["encode"] for name in ("Hourglass", "AVIF speed 6"))
+        assert f"| {row['picture']} | {row['cores']} | {own:.1f} | {rival:.1f} |" in README
 
 
 def test_server_name_is_the_service_of_the_proto() -> None:

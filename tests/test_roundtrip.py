@@ -16,7 +16,7 @@ from PIL import Image
 
 from hourglass import codec as module
 from hourglass.client import Client
-from hourglass.codec import Code, Codec, image, metrics
+from hourglass.codec import Code, Codec, entropy, image, metrics
 
 COMMAND = [str(Path(sys.executable).with_name("compress-image"))]
 
@@ -59,9 +59,9 @@ def test_code_is_between(photo: Path, codec: Codec, client: Client) -> None:
     data = codec.encode(photo, quality=40)
     height, width = image.read(photo).shape[:2]
     assert (code.width, code.height, code.quality, code.model) == (width, height, 40, codec.model)
-    (tensor,) = code.tensors.values()
-    assert tensor.dtype == np.int16
-    assert tensor.shape[1:] == (-(-height // 16), -(-width // 16))
+    assert {name: tensor.dtype for name, tensor in code.tensors.items()} == {"y": np.int16, "z": np.int16}
+    assert code.tensors["y"].shape == (320, -(-height // 16), -(-width // 16))
+    assert code.tensors["z"].shape == (96, -(-height // 64), -(-width // 64))
     assert codec.pack(code) == data
     assert codec.unpack(data) == code
     assert client.analyse(photo, quality=40) == code
@@ -71,7 +71,17 @@ def test_code_is_between(photo: Path, codec: Codec, client: Client) -> None:
 
 def test_many_qualities_from_one_pass(parrots: Path, codec: Codec) -> None:
     qualities = [0, 33.33, 100]
-    assert list(codec.analyse_many(parrots, qualities)) == [codec.analyse(parrots, quality=q) for q in qualities]
+    assert list(codec.encode_many(parrots, qualities)) == [codec.encode(parrots, quality=q) for q in qualities]
+
+
+@pytest.mark.parametrize("quality", [50, 75, 100])
+def test_files_are_near_the_ideal_size(photo: Path, quality: float, codec: Codec) -> None:
+    """Whole files against what the prior's tables say, and what a file has beside that."""
+    data = codec.encode(photo, quality=quality)
+    tables = codec._model(codec.model).tables
+    ideal = sum(entropy.ideal_bits(*part, tables) for part in codec._unpack(data).parts) / 8
+    assert ideal < len(data) < ideal + 64 + 0.002 * ideal
+    assert codec.read_header(data).length + 4 + 4 < 64  # and the symbols' checksum, and the coder's last word
 
 
 def test_sources_of_one_picture_give_one_file(parrots: Path) -> None:
@@ -105,7 +115,7 @@ def test_greyscale_stays_grey_to_the_eye(codec: Codec) -> None:
 
 
 def test_size_rises_with_quality(photo: Path, codec: Codec) -> None:
-    sizes = [len(codec.pack(code)) for code in codec.analyse_many(photo, range(0, 101, 4))]
+    sizes = [len(data) for data in codec.encode_many(photo, range(0, 101, 4))]
     assert sizes == sorted(set(sizes))
 
 
@@ -161,11 +171,27 @@ def test_quality_is_that_of_the_file(parrots: Path, codec: Codec) -> None:
     assert codec.unpack(codec.pack(near)) == near == code
 
 
+def test_order_of_tensors_does_not_matter(parrots: Path, codec: Codec) -> None:
+    code = codec.analyse(parrots)
+    turned = Code(code.model, code.quality, code.width, code.height, dict(reversed(code.tensors.items())))
+    assert codec.unpack(codec.pack(turned)) == turned == code
+
+
+def test_a_code_is_read_only(parrots: Path, codec: Codec) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        codec.analyse(parrots).tensors["y"][0, 0, 0] = 5
+
+
+@pytest.mark.parametrize("quality", [np.int64(50), np.float32(50), 50])
+def test_numpy_numbers_are_numbers(quality: float, parrots: Path, codec: Codec) -> None:
+    assert codec.encode(parrots, quality=quality) == codec.encode(parrots, quality=50.0)
+
+
 def test_equal_codes_differ_in_nothing(parrots: Path, codec: Codec) -> None:
     code = codec.analyse(parrots)
-    (name,) = code.tensors
-    changed = code.tensors[name].copy()
-    changed[0, 0, 0] += 1
-    assert code != Code(code.model, code.quality, code.width, code.height, {name: changed})
+    for name, tensor in code.tensors.items():
+        changed = tensor.copy()
+        changed[0, 0, 0] += 1
+        assert code != Code(code.model, code.quality, code.width, code.height, {**code.tensors, name: changed})
     assert code != Code(code.model, code.quality + 1, code.width, code.height, code.tensors)
     assert code != "code"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,14 +14,15 @@ import pytest
 import torch
 
 from hourglass.codec import Codec, errors, image, metrics
-from hourglass.codec.train import loop
+from hourglass.codec.runtime import Model
+from hourglass.codec.train import loop, prior
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.export import export, load_checkpoint
 from hourglass.codec.train.network import Hourglass, Shape, start_from_pca
 
 IMAGES = Path(__file__).parent / "images"
-SHAPE = Shape(trunk=32, latent=48, analysis_blocks=(1, 1), synthesis_blocks=(1, 1))
-SETTINGS = loop.Settings(steps=24, batch=4, crop=64, held_out=2, rate=1e-3)
+SHAPE = Shape(trunk=32, latent=48, analysis_blocks=(1, 1), synthesis_blocks=(1, 1), hyper=16, features=32, hidden=32)
+SETTINGS = loop.Settings(steps=24, prior_steps=8, batch=4, crop=64, held_out=2, rate=1e-3)
 CPU = torch.device("cpu")
 
 
@@ -106,10 +108,37 @@ def test_pca_start_is_a_transform_codec() -> None:
 
 def test_prior_is_a_distribution() -> None:
     net = Hourglass(SHAPE)
-    edges = torch.arange(-400.0, 401.0)[None, None, :, None].repeat(1, SHAPE.latent, 1, 1)
-    p = net.prior.cumulative((edges - 0.5) / 3, (edges + 0.5) / 3)
-    assert torch.allclose(p.sum(2), torch.ones(1, SHAPE.latent, 1), atol=1e-4)
+    edges = torch.arange(-400.0, 401.0)[None, None, :, None].repeat(1, SHAPE.hyper, 1, 1)
+    p = net.hyper_prior.cumulative((edges - 0.5) / 3, (edges + 0.5) / 3)
+    assert torch.allclose(p.sum(2), torch.ones(1, SHAPE.hyper, 1), atol=1e-4)
     assert (p >= 0).all()
+    for level in range(prior.LADDER):
+        scale = 2 ** (prior.LOWEST + level / prior.PER_OCTAVE)
+        reach = 10 * math.ceil(scale)
+        symbols = torch.arange(-reach, reach + 1).float()
+        q = torch.exp2(-prior.bits_of(symbols, torch.tensor(float(level))))
+        assert float(q.sum()) == pytest.approx(1, abs=1e-3)
+        deviation = float((q * symbols.square()).sum().sqrt())
+        assert scale < 1 or deviation == pytest.approx(math.hypot(scale, 1 / math.sqrt(12)), rel=0.02)
+
+
+def test_every_element_is_coded_once_and_sees_neighbours() -> None:
+    x = torch.randn(2, 8, 12, 16)
+    parts = prior.split(x)
+    assert [part.shape for part in parts] == [(2, 4, 6, 16)] * 4
+    assert torch.equal(prior.join(parts), x)
+    assert torch.equal(prior.join(parts[:1]), x * (prior.join([torch.ones_like(parts[0])])))
+    known = prior.join([torch.ones_like(part) for part in parts[:1]])
+    assert (known.sum(3) == 4).all()  # after one step every position knows a quarter of its channels
+
+
+def test_rounding_passes_gradients() -> None:
+    x = torch.tensor([0.4, 1.6, -7.0], requires_grad=True)
+    y = prior.rounded(x, -2, 2)
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert y.tolist() == [0, 2, -2]
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -134,27 +163,54 @@ def test_exported_model_works(zoo: Path) -> None:
 
 
 def test_exported_graphs_are_the_network(run: Path, zoo: Path) -> None:
-    """Symbols equal but for rounding at ties, pixels within one grey level; sides no multiple of the stride too."""
+    """Latents equal but for float rounding, pixels within one grey level, and the rate that the training counted."""
     net, _ = load_checkpoint(run / "checkpoint.pt")
-    codec = Codec("small-1", zoo=zoo)
+    codec, model = Codec("small-1", zoo=zoo), Model("small-1", zoo)
     picture = image.read(IMAGES / "motocross.png")[:75, :117]
-    code = codec.analyse(picture, quality=70)
-    padded = np.pad(picture, ((0, 5), (0, 11), (0, 0)), mode="edge")
+    padded = np.pad(picture, ((0, 53), (0, 11), (0, 0)), mode="edge")
     x = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
-    gain, inverse = net.gains(torch.tensor([70.0]))
     with torch.no_grad():
-        symbols = (net.analysis(x) * gain).round()
-        decoded = net.synthesis(torch.from_numpy(code.tensors["y"].astype(np.float32))[None] * inverse)
-    coded = np.abs(code.tensors["y"]).max((1, 2)) > 0
-    assert (symbols[0].numpy()[coded] == code.tensors["y"][coded]).mean() >= 0.999
-    pixels = (decoded[0].permute(1, 2, 0) * 255 + 0.5).floor().numpy()[:75, :117]
-    assert abs(codec.synthesise(code) - pixels).max() <= 1
+        y = net.analysis(x)
+        latent, hyper = model.analyse(picture)
+        assert np.allclose(latent, y[0], atol=1e-4)
+        assert np.allclose(hyper, net.hyper(y)[0], atol=1e-4)
+        decoded, bits = net.code(y, torch.tensor([70.0]), noisy=False)
+    data = codec.encode(padded, quality=70, effort="fast")
+    pixels = (decoded[0].permute(1, 2, 0) * 255 + 0.5).floor().numpy()
+    difference = abs(codec.decode(data) - pixels)
+    assert difference.mean() < 1.5  # means are rounded to 1/16 of a symbol
+    assert len(data) * 8 == pytest.approx(float(bits), rel=0.1)
+
+
+def test_gradient_graph_is_the_gradient(run: Path, zoo: Path) -> None:
+    """The written-out backward pass, against PyTorch's own."""
+    net, _ = load_checkpoint(run / "checkpoint.pt")
+    picture = image.read(IMAGES / "motocross.png")[:64, :128]
+    x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
+    latent = net.analysis(x / 255).detach().requires_grad_(True)
+    error = (net.synthesis(latent) * 255 - x).square().sum()
+    (expected,) = torch.autograd.grad(error, latent)
+    value, slope = Model("small-1", zoo).error_slope(latent[0].detach().numpy(), picture)
+    assert value == pytest.approx(float(error.detach()), rel=1e-4)
+    assert np.allclose(slope, expected[0], rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
 
 
 def test_model_id_is_permanent(run: Path, zoo: Path) -> None:
     net, _ = load_checkpoint(run / "checkpoint.pt")
     with pytest.raises(errors.InvalidArgument, match="a model id is permanent"):
         export(net, load_pieces(list_training(IMAGES), 16, CPU), "small-1", zoo, {}, [])
+
+
+def test_two_processes_are_one_run(tmp_path: Path) -> None:
+    """torchrun: each takes half of every batch, one of them logs and saves, and another run goes on from there."""
+    small = ["--latent", "32", "--trunk", "16", "--batch", "4", "--crop", "64", "--prior-steps", "1", "--threads", "1"]
+    for steps in ("2", "4"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        command += ["hourglass.codec.train", "run", str(IMAGES), "--out", str(tmp_path), "--steps", steps, *small]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
 
 
 def test_data_errors(tmp_path: Path) -> None:
@@ -176,12 +232,12 @@ def test_commands(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "hourglass.codec.train", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    small = ["--latent", "32", "--trunk", "16", "--steps", "3", "--batch", "2", "--crop", "64"]
+    small = ["--latent", "32", "--trunk", "16", "--steps", "3", "--batch", "2", "--crop", "64", "--prior-steps", "1"]
     done = python("run", IMAGES, "--out", tmp_path / "run", *small)
     assert done.returncode == 0, done.stderr
     assert "step 3  loss" in done.stderr + done.stdout
     done = python("run", IMAGES, "--out", tmp_path / "run", "--crop", "50")
-    assert (done.returncode, done.stderr) == (1, "error: --crop is 50; expected a multiple of 16\n")
+    assert (done.returncode, done.stderr) == (1, "error: --crop is 50; expected a multiple of 64\n")
     (tmp_path / "empty").mkdir()
     done = python("run", tmp_path / "empty", "--out", tmp_path / "run2")
     assert done.returncode == 1

@@ -37,11 +37,25 @@ def main() -> None:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all]")
 @click.option("--latent", default=Shape.latent, show_default=True, help="Channels of the code.")
 @click.option("--trunk", default=Shape.trunk, show_default=True, help="Channels at 1/8 resolution.")
+@click.option(
+    "--analysis-blocks",
+    nargs=2,
+    type=int,
+    default=Shape.analysis_blocks,
+    show_default=True,
+    help="Residual blocks of the analysis at 1/8 and at 1/16 resolution.",
+)
 @click.option("--steps", default=_DEFAULTS.steps, show_default=True, help="Steps of the whole run.")
 @click.option("--batch", default=_DEFAULTS.batch, show_default=True, help="Crops in a step.")
-@click.option("--crop", default=_DEFAULTS.crop, show_default=True, help="Side of a crop in pixels, a multiple of 16.")
+@click.option("--crop", default=_DEFAULTS.crop, show_default=True, help="Side of a crop in pixels, a multiple of 64.")
+@click.option(
+    "--prior-steps", default=_DEFAULTS.prior_steps, show_default=True, help="First steps, for the prior alone."
+)
 @click.option("--rate", default=_DEFAULTS.rate, show_default=True, help="Highest learning rate.")
 @click.option("--precise", default=_DEFAULTS.precise, show_default=True, help="Last part of the run in float32.")
+@click.option(
+    "--weights", "start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Weights to start from."
+)
 @click.option("--seed", default=_DEFAULTS.seed, show_default=True)
 def run(
     folder: Path,
@@ -51,15 +65,17 @@ def run(
     threads: int | None,
     latent: int,
     trunk: int,
+    analysis_blocks: tuple[int, int],
+    start: Path | None,
     **settings: Any,
 ) -> None:
     """Train on the pictures in FOLDER. Started again with the same --out it goes on where it stopped."""
-    if settings["crop"] % 16:
-        raise errors.InvalidArgument(f"--crop is {settings['crop']}; expected a multiple of 16")
+    if settings["crop"] % runtime.PADDING:
+        raise errors.InvalidArgument(f"--crop is {settings['crop']}; expected a multiple of {runtime.PADDING}")
     if threads:
         torch.set_num_threads(threads)
-    shape = Shape(latent=latent, trunk=trunk)
-    loop.train(folder, out, loop.Settings(**settings), shape, tier, _device(device))
+    shape = Shape(latent=latent, trunk=trunk, analysis_blocks=analysis_blocks)
+    loop.train(folder, out, loop.Settings(**settings), shape, tier, _device(device), start)
 
 
 @main.command()
@@ -79,8 +95,13 @@ def run(
     help="Test pictures, for the manifest's figures; never trained on.",
 )
 @click.option("--zoo", default=runtime.ZOO, show_default="the package's", type=click.Path(path_type=Path))
+@click.option(
+    "--keep", type=click.Path(path_type=Path), help="Also write the weights, without what training needs, here."
+)
 @click.option("--note", default="", help="Where the training pictures come from, for the manifest.")
-def export(run: Path, model_id: str, pictures: Path, tier: str | None, measure: Path, zoo: Path, note: str) -> None:
+def export(
+    run: Path, model_id: str, pictures: Path, tier: str | None, measure: Path, zoo: Path, keep: Path | None, note: str
+) -> None:
     """Export a model of the zoo from RUN: the folder of a run, or a file of weights."""
     net, values = exporting.load_checkpoint(run / "checkpoint.pt" if run.is_dir() else run)
     paths = list_training(pictures, tier)
@@ -93,6 +114,9 @@ def export(run: Path, model_id: str, pictures: Path, tier: str | None, measure: 
     }
     pieces = load_pieces(paths, 16, torch.device("cpu"))
     target = exporting.export(net, pieces, model_id, zoo, training, image.list_pictures(measure))
+    if keep:
+        kept = ("shape", "settings", "step", "seconds", "ema")
+        torch.save({name: value for name, value in values.items() if name in kept}, keep)
     size = sum(path.stat().st_size for path in target.iterdir())
     click.echo(f"{target}: {size / 1e6:.1f} MB")
 

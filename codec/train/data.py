@@ -22,7 +22,10 @@ PIECE = 320
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pictures in device memory: pixels (N, PIECE, PIECE, 3) uint8, sizes (N, 2) int64 as (height, width)."""
+    """Pictures in device memory: pixels (N, PIECE, PIECE, 3) uint8, sizes (N, 2) int64 as (height, width).
+
+    Or their latents: pixels (N, PIECE / 16, PIECE / 16, C) float16.
+    """
 
     pixels: Tensor
     sizes: Tensor
@@ -30,19 +33,25 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def crops(self, count: int, side: int, generator: torch.Generator) -> Tensor:
-        """Random crops, half of them mirrored: (count, 3, side, side) float32 in [0, 1]."""
+    def crops(
+        self, count: int, side: int, generator: torch.Generator, own: slice = slice(None), mirror: bool = True
+    ) -> Tensor:
+        """Random crops, half of them mirrored: (count, C, side, side) float32, values as they are.
+
+        own: which of the `count` to make; the random numbers drawn are those for all.
+        """
         device = self.pixels.device
-        which = torch.randint(len(self), (count,), generator=generator).to(device)
-        place = torch.rand(count, 2, generator=generator).to(device)
+        which = torch.randint(len(self), (count,), generator=generator)[own].to(device)
+        place = torch.rand(count, 2, generator=generator)[own].to(device)
         corner = (place * (self.sizes[which] - side + 1)).long()
         along = torch.arange(side, device=device)
         rows = corner[:, :1] + along
         columns = corner[:, 1:] + along
-        mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(device)
-        columns = torch.where(mirrored, columns.flip(1), columns)
+        if mirror:
+            mirrored = (torch.rand(count, 1, generator=generator) < 0.5)[own].to(device)
+            columns = torch.where(mirrored, columns.flip(1), columns)
         crops = self.pixels[which[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return crops.permute(0, 3, 1, 2).float() / 255
+        return crops.permute(0, 3, 1, 2).float()
 
     def split(self, held_out: int) -> tuple[Pieces, Pieces]:
         """The pieces to train on, and the last `held_out` of full size, to judge by."""

@@ -1,18 +1,18 @@
-"""From a checkpoint to a model of the zoo: two ONNX graphs, frozen integer tables, a manifest.
+"""From a checkpoint to a model of the zoo: three ONNX graphs, frozen integer tables, a manifest.
 
-The factorised prior's tables are static: for each quality (0, 1, ... 100) and channel the distribution of its
-symbols, counted over training pictures and smoothed by the learned density; then all 101 x latent distributions
-are replaced by the nearest (Kullback-Leibler) of at most 255 shared ones, frozen as integers with sum 2**16.
+Each scale of the prior's ladder has a table: the symbols counted there over training pictures, smoothed by the density
+that the training assumed. The hyper-latent's tables are static, for each quality (0, 1, ... 100) and channel; these
+distributions are replaced by the nearest (Kullback-Leibler) of those that are left of 255. All are frozen as integers
+with sum 2**16.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
+import re
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.jit._trace import TracerWarning
+from torch import Tensor
 from tqdm import tqdm
 
-from hourglass.codec import errors, image, metrics
-from hourglass.codec.entropy import TOTAL, Tables
+from hourglass.codec import errors, exactness, image, metrics
+from hourglass.codec.entropy import TOTAL
 from hourglass.codec.pipeline import Codec
+from hourglass.codec.runtime import PADDING
+from hourglass.codec.train import graphs
 from hourglass.codec.train.data import Pieces
-from hourglass.codec.train.network import STRIDE, Hourglass, Shape
+from hourglass.codec.train.network import STRIDE, Hourglass, Shape, hats
+from hourglass.codec.train.prior import LADDER, OCTAVE, bits_of
 
 REACH = 255
 """Largest magnitude that a table may hold; beyond it symbols are escaped."""
@@ -43,39 +45,6 @@ MEASURED = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 """Qualities at which the manifest states rate and distortion."""
 
 _Floats = NDArray[np.float64]
-
-
-class EncoderGraph(nn.Module):
-    """image (1, H, W, 3) uint8, H and W multiples of 16 -> latent (1, C, H/16, W/16) float32."""
-
-    def __init__(self, net: Hourglass) -> None:
-        super().__init__()
-        self.analysis = copy.deepcopy(net.analysis)
-        with torch.no_grad():
-            self.analysis.to_trunk.weight /= 255  # samples stay 0..255: one pass over the picture less
-
-    def forward(self, image: Tensor) -> Tensor:
-        _, height, width, _ = image.shape
-        d = image.reshape(1, height // 8, 8, width // 8, 8, 3).permute(0, 5, 2, 4, 1, 3)
-        return self.analysis.from_depth(d.reshape(1, 192, height // 8, width // 8).float())
-
-
-class DecoderGraph(nn.Module):
-    """latent (1, C, h, w) float32 -> image (1, 16 h, 16 w, 3) uint8."""
-
-    def __init__(self, net: Hourglass) -> None:
-        super().__init__()
-        self.synthesis = copy.deepcopy(net.synthesis)
-        last = self.synthesis.from_trunk
-        with torch.no_grad():
-            last.weight *= 255
-            assert last.bias is not None
-            last.bias.mul_(255).add_(0.5)  # the cast below truncates
-
-    def forward(self, latent: Tensor) -> Tensor:
-        d = self.synthesis.to_depth(latent).clamp(0, 255).to(torch.uint8)
-        _, _, h, w = d.shape
-        return d.reshape(1, 3, 8, 8, h, w).permute(0, 4, 2, 5, 3, 1).reshape(1, 8 * h, 8 * w, 3)
 
 
 def load_checkpoint(path: Path) -> tuple[Hourglass, dict[str, Any]]:
@@ -106,14 +75,19 @@ def export(
     with tempfile.TemporaryDirectory(dir=zoo, prefix=".new-") as temporary:
         folder = Path(temporary) / model_id
         folder.mkdir()
-        write_graphs(net, folder)
+        graphs.write(net, folder)
         np.savez_compressed(folder / "tables.npz", allow_pickle=False, **freeze(net, pieces))
         manifest: dict[str, Any] = {
             "id": model_id,
-            "code": {"name": "y", "channels": net.shape.latent, "stride": STRIDE},
-            "code_shape": "y: (channels, ceil(height / stride), ceil(width / stride)) int16",
+            "code": [
+                {"name": "y", "channels": net.shape.latent, "stride": STRIDE},
+                {"name": "z", "channels": net.shape.hyper, "stride": PADDING},
+            ],
+            "code_shape": "each tensor: (channels, ceil(height / stride), ceil(width / stride)) int16",
             "quality": {"lowest": 0, "highest": 100, "step": 0.01},
             "network": net.shape.as_dict(),
+            "kmac_per_pixel": graphs.kmacs(folder),
+            "exactness": exactness.bounds((folder / "prior.onnx").read_bytes()),
             "training": training,
             "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
         }
@@ -124,67 +98,84 @@ def export(
     return target
 
 
-def write_graphs(net: Hourglass, folder: Path) -> None:
-    """encoder.onnx and decoder.onnx, for pictures of any size."""
-    latent = net.shape.latent
-    with warnings.catch_warnings():
-        # torch is pinned; its newer exporter needs a further package and cannot keep H and W free here.
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=TracerWarning)
-        for name, graph, sample, names, axes in (
-            ("encoder", EncoderGraph(net), torch.zeros(1, 64, 96, 3, dtype=torch.uint8), ("image", "latent"), (1, 2)),
-            ("decoder", DecoderGraph(net), torch.zeros(1, latent, 4, 6), ("latent", "image"), (2, 3)),
-        ):
-            torch.onnx.export(
-                graph.eval(),
-                (sample,),
-                str(folder / f"{name}.onnx"),
-                input_names=[names[0]],
-                output_names=[names[1]],
-                dynamic_axes={names[0]: {axes[0]: "height", axes[1]: "width"}},
-                opset_version=18,
-                dynamo=False,
-            )
-
-
 @torch.no_grad()
 def freeze(net: Hourglass, pieces: Pieces, count: int = 300) -> dict[str, NDArray[Any]]:
-    """The arrays of tables.npz: tables, their index by quality and channel, and the logarithms of the gains."""
-    latents = []
-    for pixels, size in tqdm(list(zip(pieces.pixels[:count], pieces.sizes[:count], strict=True)), desc="analysing"):
-        height, width = (int(side) // STRIDE * STRIDE for side in size)
-        x = pixels[:height, :width].permute(2, 0, 1)[None].float() / 255
-        latents.append(net.analysis(x)[0].flatten(1))
-    y = torch.cat(latents, 1).sort(1).values  # (C, N)
-    distributions = np.concatenate([_distribution(net, y, quality) for quality in tqdm(range(101), desc="counting")])
-    sure = 1 - distributions[:, REACH] < SURE_ZERO
-    index = np.zeros(len(distributions), np.uint8)
-    index[~sure], centres = _share(distributions[~sure], 255)
+    """The arrays of tables.npz: tables and which of them is used where, gains, and the prior's integer units."""
+    counts, hyper = _count(net, pieces, count)
+    levels = np.stack([_ladder_distribution(row, level) for level, row in enumerate(counts)])
+    coded = 1 - levels[:, REACH] >= SURE_ZERO
+    rows = np.concatenate([_distribution(net, hyper, quality) for quality in tqdm(range(101), desc="counting")])
+    sure = 1 - rows[:, REACH] < SURE_ZERO
+    index = np.zeros(len(rows), np.uint8)
+    index[~sure], centres = _share(rows[~sure], 255 - int(coded.sum()))
+    index[~sure] += int(coded.sum())
+    level_tables = np.zeros(LADDER, np.uint8)
+    level_tables[coded] = 1 + np.arange(coded.sum())
     first, start, frequencies = [0], [0, 1], [np.array([TOTAL])]  # table 0 is the sure zero
-    for centre in centres:
-        low, entries = _to_integers(centre)
+    for distribution in [*levels[coded], *centres]:
+        low, entries = _to_integers(distribution)
         first.append(low)
         frequencies.append(entries)
         start.append(start[-1] + len(entries))
-    tables = Tables(np.array(first, np.int32), np.array(start, np.int32), np.concatenate(frequencies).astype(np.uint32))
+    log_gain, log_hyper_gain = net.gains.log_gain.numpy(), net.hyper_gains.log_gain.numpy()
+    octaves = OCTAVE / np.log(2)
     return {
-        "first": tables.first,
-        "start": tables.start,
-        "frequencies": tables.frequencies,
-        "index": index.reshape(101, -1),
-        "log_gain": net.gains.log_gain.numpy(),
+        "first": np.array(first, np.int32),
+        "start": np.array(start, np.int32),
+        "frequencies": np.concatenate(frequencies).astype(np.uint32),
+        "level_tables": level_tables,
+        "hyper_tables": index.reshape(101, -1),
+        "log_gain": log_gain,
         "log_inverse": net.gains.log_inverse.numpy(),
+        "log_hyper_gain": log_hyper_gain,
+        "latent_exponent": np.rint(log_gain * octaves + net.prior.log_unit.numpy()).astype(np.int32),
+        "hyper_exponent": np.rint(log_hyper_gain * octaves).astype(np.int32),
+        "mantissa": np.rint(256 * np.exp2(np.arange(OCTAVE) / OCTAVE)).astype(np.uint16),
     }
 
 
-def _distribution(net: Hourglass, y: Tensor, quality: int) -> _Floats:
-    """P(symbol = -REACH..REACH, and beyond) for each channel: (C, 2 REACH + 2). y: (C, N), each row sorted."""
-    gain, _ = net.gains(torch.tensor([float(quality)]))
+@torch.no_grad()
+def _count(net: Hourglass, pieces: Pieces, count: int) -> tuple[_Floats, Tensor]:
+    """How often each symbol -REACH..REACH, or one beyond, comes at each level, (LADDER, 2 REACH + 2); and the
+    hyper-latent's values (Z, N), each row sorted."""
+    counts = torch.zeros(LADDER * (2 * REACH + 2), dtype=torch.int64)
+    hyper = []
+    generator = torch.Generator().manual_seed(1)
+    for pixels, size in tqdm(list(zip(pieces.pixels[:count], pieces.sizes[:count], strict=True)), desc="analysing"):
+        height, width = (int(side) // PADDING * PADDING for side in size)
+        if not height or not width:
+            continue
+        y = net.analysis(pixels[:height, :width].permute(2, 0, 1)[None].float() / 255)
+        hyper.append(net.hyper(y)[0].flatten(1))
+        qualities = 100 * (torch.arange(4) + torch.rand(4, generator=generator)) / 4
+        for symbols, level in net.symbols(y.expand(4, -1, -1, -1), qualities):
+            entry = torch.where(symbols.abs() > REACH, REACH + 1, symbols) + REACH
+            places = level.long() * (2 * REACH + 2) + entry.long()
+            counts += torch.bincount(places.flatten(), minlength=len(counts))
+    if not hyper:
+        raise errors.InvalidArgument(f"no picture of {PADDING}x{PADDING} pixels or more to count symbols on")
+    return counts.reshape(LADDER, -1).double().numpy(), torch.cat(hyper, 1).sort(1).values
+
+
+def _ladder_distribution(counts: _Floats, level: int) -> _Floats:
+    """The distribution of symbols at one level: counted, symmetric, smoothed by the density of the training."""
+    symbols = torch.arange(-REACH, REACH + 1).float()
+    smooth = torch.exp2(-bits_of(symbols, torch.full_like(symbols, level))).double().numpy()
+    smooth = np.append(smooth, max(0.0, 1 - smooth.sum()))
+    inside = (counts[:-1] + counts[-2::-1]) / 2
+    both = np.append(inside, counts[-1])
+    total: _Floats = (both + SMOOTHING * smooth) / (both.sum() + SMOOTHING)
+    return total
+
+
+def _distribution(net: Hourglass, z: Tensor, quality: int) -> _Floats:
+    """P(symbol = -REACH..REACH, and beyond) for each channel: (Z, 2 REACH + 2). z: (Z, N), each row sorted."""
+    gain, _ = net.hyper_gains(hats(torch.tensor([float(quality)]), net.shape.anchors))
     gain = gain.reshape(-1, 1)
-    edges = (torch.arange(-REACH, REACH + 2) - 0.5) / gain  # (C, 2 REACH + 2)
-    counts = torch.searchsorted(y, edges).diff(dim=1).double()
-    smooth = net.prior.cumulative(edges[:, :-1, None], edges[:, 1:, None])[..., 0].double()
-    inside = (counts + SMOOTHING * smooth) / (y.shape[1] + SMOOTHING)
+    edges = (torch.arange(-REACH, REACH + 2) - 0.5) / gain  # (Z, 2 REACH + 2)
+    counts = torch.searchsorted(z, edges).diff(dim=1).double()
+    smooth = net.hyper_prior.cumulative(edges[:, :-1, None], edges[:, 1:, None])[..., 0].double()
+    inside = (counts + SMOOTHING * smooth) / (z.shape[1] + SMOOTHING)
     beyond = (1 - inside.sum(1, keepdim=True)).clamp(min=0)
     return np.asarray(torch.cat([inside, beyond], 1))
 
@@ -237,4 +228,6 @@ def measure(codec: Codec, pictures: list[Path]) -> list[dict[str, float]]:
 
 
 def _write_json(value: Any, path: Path) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    """Indented, with each list of numbers on one line."""
+    text = json.dumps(value, indent=2)
+    path.write_text(re.sub(r"\[[-\d.,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n")

@@ -1,10 +1,16 @@
-"""The training loop: rate + lambda(quality) * squared error, all qualities at once, resumable at any step."""
+"""The training loop: rate + lambda(quality) * squared error, all qualities at once, resumable at any step.
+
+First the prior alone learns on the latents of the start, which are computed once; then all learn together. Started
+by `torchrun --nproc-per-node N`, N processes share each batch: on a CPU two processes of one thread each are faster
+than one of two, and do not stall when another program takes a core.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -12,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from hourglass.codec import errors
 from hourglass.codec.train.data import PIECE, Pieces, list_training, load_pieces
-from hourglass.codec.train.network import Hourglass, Shape, start_from_pca
+from hourglass.codec.train.network import STRIDE, Hourglass, Shape, start_from_pca, start_prior
 
 QUALITIES = (0, 25, 50, 75, 100)
 """Qualities at which the held-out pictures are measured."""
@@ -31,10 +37,11 @@ class Settings:
     steps: int = 45_000
     batch: int = 8  # crops in a step
     crop: int = 128  # pixels a side
+    prior_steps: int = 4000  # steps at the beginning that train the prior alone
     rate: float = 1.5e-3  # learning rate at its peak; 200 steps of warm-up, then cosine decay to 1/100
     ema: float = 0.9995  # decay of the averaged weights, which are the ones measured and shipped
     clip: float = 1.0  # largest norm of the gradient
-    precise: float = 0.2  # last part of the run in float32; before it bfloat16 where mixed precision is safe
+    precise: float = 0.1  # last part of the run in float32; before it bfloat16 where mixed precision is safe
     held_out: int = 16  # pieces kept apart to measure
     seed: int = 1
 
@@ -47,6 +54,8 @@ class State:
     ema: Hourglass
     optimiser: torch.optim.Optimizer
     generator: torch.Generator
+    latents: Pieces  # of the start, for the steps that train the prior alone
+    side: int  # of their crops
     step: int = 0
     seconds: float = 0.0
 
@@ -65,6 +74,13 @@ def loss_of(net: Hourglass, x: Tensor, quality: Tensor) -> Tensor:
     return loss
 
 
+def rate_of(net: Hourglass, y: Tensor, quality: Tensor) -> Tensor:
+    """The rate's part of `loss_of` for latents (B, latent, h, w), of which only the prior learns."""
+    _, bits, _ = net.entropy(y, quality, noisy=True, frozen=True)
+    bpp = bits / (y.shape[2] * y.shape[3] * STRIDE**2)
+    return (bpp * (net.weight_of_error(quality) / 0.01).rsqrt()).mean()
+
+
 def learning_rate(settings: Settings, step: int) -> float:
     if step < 200:
         return settings.rate * (step + 1) / 200
@@ -72,8 +88,21 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
-def train(folder: Path, out: Path, settings: Settings, shape: Shape, tier: str | None, device: torch.device) -> None:
-    """Train in folder `out`, from its checkpoint where there is one, and leave a checkpoint and log.jsonl there."""
+def train(
+    folder: Path,
+    out: Path,
+    settings: Settings,
+    shape: Shape,
+    tier: str | None,
+    device: torch.device,
+    start: Path | None = None,
+) -> None:
+    """Train in folder `out`, from its checkpoint where there is one, and leave a checkpoint and log.jsonl there.
+
+    start: a file of weights; those that fit replace the start from principal components.
+    """
+    if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     out.mkdir(parents=True, exist_ok=True)
     paths = list_training(folder, tier)
     pieces, held_out = load_pieces(paths, settings.crop, device).split(settings.held_out)
@@ -82,15 +111,24 @@ def train(folder: Path, out: Path, settings: Settings, shape: Shape, tier: str |
             f"{len(pieces)} pieces to train on, {len(held_out)} of {PIECE}x{PIECE} pixels to hold out; both are needed"
         )
     checkpoint = out / "checkpoint.pt"
-    state = fresh(settings, shape, pieces, device)
+    state = fresh(settings, shape, pieces, device, start)
     if checkpoint.exists():
         _load(state, checkpoint)
-    print(f"{len(paths)} pictures, {len(pieces)} pieces + {len(held_out)} held out; step {state.step} on {device}")
+    if _rank() == 0:
+        print(f"{len(paths)} pictures, {len(pieces)} pieces + {len(held_out)} held out; step {state.step} on {device}")
     run(state, settings, pieces, held_out, out)
 
 
-def fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.device) -> State:
-    """A run at step 0: the PCA start of these pieces, nothing learned."""
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _world() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.device, start: Path | None = None) -> State:
+    """A run at step 0: the PCA start of these pieces, or the weights in `start`, and their latents to learn from."""
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     net = Hourglass(shape)
@@ -99,15 +137,48 @@ def fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.device
         for piece, (height, width) in zip(pieces.pixels.cpu(), pieces.sizes.tolist(), strict=True)
     ]
     start_from_pca(net, pictures, generator)
+    if start:
+        _start_from(net, start)
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Context reaches further than a transform: where there are pieces for it, the prior learns on larger crops.
+    side = 2 * settings.crop if (pieces.sizes >= 2 * settings.crop).all(1).any() else settings.crop
+    latents = latents_of(net, pieces, side)
+    start_prior(net, latents.pixels)
+    if start:
+        _start_from(net, start)  # also what the latents would give
+    torch.manual_seed(settings.seed + _rank())  # each process has noise of its own
     ema = copy.deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.Adam(net.parameters(), lr=settings.rate, fused=True)
-    return State(net, ema, optimiser, generator)
+    return State(net, ema, optimiser, generator, latents, side // STRIDE)
+
+
+def _start_from(net: Hourglass, path: Path) -> None:
+    """Take the weights of a file that fit in name and shape; the others keep their start."""
+    weights = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    own = net.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    net.load_state_dict(fitting, strict=False)
+    print(f"{len(fitting)} of {len(own)} tensors start from {path}")
+
+
+@torch.no_grad()
+def latents_of(net: Hourglass, pieces: Pieces, smallest: int) -> Pieces:
+    """The latents (N, h, w, latent) float16, in the place of pixels, of the pieces of `smallest` pixels a side."""
+    large = (pieces.sizes >= smallest).all(1)
+    latents = []
+    for batch in pieces.pixels[large].split(8):  # type: ignore[no-untyped-call]
+        x = batch.permute(0, 3, 1, 2).float() / 255
+        with torch.autocast(x.device.type, torch.bfloat16):
+            latents.append(net.analysis(x).permute(0, 2, 3, 1).half())
+    return Pieces(torch.cat(latents), pieces.sizes[large] // STRIDE)
 
 
 def run(state: State, settings: Settings, pieces: Pieces, held_out: Pieces, out: Path) -> None:
     """Go on from `state` to the last step, with progress on the terminal, a log and checkpoints in `out`."""
-    bar = tqdm(total=settings.steps, initial=state.step, unit="step", mininterval=1, dynamic_ncols=True)
+    shown = _rank() == 0
+    bar = tqdm(
+        total=settings.steps, initial=state.step, unit="step", mininterval=1, dynamic_ncols=True, disable=not shown
+    )
     started = saved = time.monotonic()
     base, first, losses = state.seconds, state.step, torch.zeros(2)  # sum and number since the last row
     while state.step < settings.steps:
@@ -116,7 +187,7 @@ def run(state: State, settings: Settings, pieces: Pieces, held_out: Pieces, out:
         state.seconds = base + now - started
         bar.update()
         last = state.step == settings.steps
-        if state.step % 1000 == 0 or last:
+        if shown and (state.step % 1000 == 0 or last):
             row = {
                 "step": state.step,
                 "seconds": round(state.seconds),
@@ -126,7 +197,7 @@ def run(state: State, settings: Settings, pieces: Pieces, held_out: Pieces, out:
             }
             losses.zero_()
             _report(row, settings, out)
-        if last or now - saved > 300:
+        if shown and (last or now - saved > 300):
             _save(state, settings, out / "checkpoint.pt")
             saved = now
     bar.close()
@@ -142,21 +213,38 @@ def step(state: State, settings: Settings, pieces: Pieces) -> Tensor:
     device = pieces.pixels.device
     for group in state.optimiser.param_groups:
         group["lr"] = learning_rate(settings, state.step)
-    x = pieces.crops(settings.batch, settings.crop, state.generator).contiguous(memory_format=torch.channels_last)
+    alone = state.step < settings.prior_steps
+    source, side = (state.latents, state.side) if alone else (pieces, settings.crop)
+    own = slice(_rank(), None, _world())
+    crops = source.crops(settings.batch, side, state.generator, own, mirror=not alone)
+    crops = crops.contiguous(memory_format=torch.channels_last)
     order = torch.randperm(settings.batch, generator=state.generator)
     part = torch.rand(settings.batch, generator=state.generator)
-    quality = ((order + part) * (100 / settings.batch)).to(device)  # with 8 crops, one from each eighth of the range
+    quality = ((order + part) * (100 / settings.batch))[own].to(device)  # of 8 crops one from each eighth of the range
     mixed = is_mixed(settings, state.step)
     context: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
     with context:
-        loss = loss_of(state.net, x, quality)
+        loss = rate_of(state.net, crops, quality) if alone else loss_of(state.net, crops / 255, quality)
     state.optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    _share_gradients(state.net)
     torch.nn.utils.clip_grad_norm_(state.net.parameters(), settings.clip)
     state.optimiser.step()
     _average(state, settings)
     state.step += 1
     return loss.detach()
+
+
+def _share_gradients(net: Hourglass) -> None:
+    """Mean of the gradients over all processes, in one exchange."""
+    if _world() == 1:
+        return
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= _world()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):  # type: ignore[no-untyped-call]
+        gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()
@@ -173,13 +261,12 @@ def measure(net: Hourglass, held_out: Pieces) -> list[dict[str, float]]:
     y = net.analysis(x)
     rows = []
     for quality in QUALITIES:
-        gain, inverse = net.gains(torch.full((len(x),), float(quality), device=x.device))
-        symbols = (y * gain).round()
-        bpp = net.prior.bits(symbols, gain).sum() / (x.numel() / 3)
-        x_hat = (net.synthesis(symbols * inverse) * 255).round() / 255
+        x_hat, bits = net.code(y, torch.full((len(x),), float(quality), device=x.device), noisy=False)
+        x_hat = (x_hat * 255).round() / 255
         mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
         psnr = float((-10 * torch.log10(mse)).mean())
-        rows.append({"quality": quality, "bpp": round(float(bpp), 4), "psnr": round(psnr, 3)})
+        bpp = float(bits.sum()) / (x.numel() / 3)
+        rows.append({"quality": quality, "bpp": round(bpp, 4), "psnr": round(psnr, 3)})
     return rows
 
 
@@ -224,7 +311,10 @@ def _load(state: State, path: Path) -> None:
     state.ema.load_state_dict(values["ema"])
     state.optimiser.load_state_dict(values["optimiser"])
     state.generator.set_state(values["generator"])
-    torch.set_rng_state(values["noise"])
+    if _rank():
+        torch.manual_seed(hash((_rank(), values["step"])))
+    else:
+        torch.set_rng_state(values["noise"])
     if len(values["noise_cuda"]) == torch.cuda.device_count():  # else the run moved to another kind of machine
         torch.cuda.set_rng_state_all(values["noise_cuda"])
     state.step, state.seconds = values["step"], values["seconds"]

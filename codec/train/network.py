@@ -5,7 +5,7 @@
       -> 2x2 stride 2 -> residual blocks = latent y          1/16 resolution, `latent` channels
       -> y * gain(quality) -> round = symbols                (B, latent, H/16, W/16)
       -> symbols * inverse_gain(quality) -> blocks -> depth-to-space 2
-      -> blocks -> 3x3 -> depth-to-space 8 -> clip = x_hat   (B, 3, H, W) in [0, 1]
+      -> blocks -> depthwise 3x3 -> 1x1 -> depth-to-space 8 -> clip = x_hat   (B, 3, H, W) in [0, 1]
 
 Every layer works at 1/8 or 1/16 resolution, where a convolution is a plain matrix product and a CPU is fast.
 The symbols follow the papers: y = g_a(x), x_hat = g_s(y_hat) (Ballé, Laparra, Simoncelli, "End-to-end optimized
@@ -15,12 +15,15 @@ image compression", 2017). Gains per quality: Cui et al., "Asymmetric gained dee
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hourglass.codec.train.prior import OCTAVE, Prior, rounded
 
 STRIDE = 16
 """Pixels a side that one latent position covers."""
@@ -32,8 +35,11 @@ class Shape:
 
     trunk: int = 128  # channels at 1/8 resolution
     latent: int = 320  # channels of the code at 1/16 resolution
-    analysis_blocks: tuple[int, int] = (3, 3)  # residual blocks at 1/8, at 1/16
-    synthesis_blocks: tuple[int, int] = (3, 3)  # residual blocks at 1/8, at 1/16
+    analysis_blocks: tuple[int, int] = (3, 2)  # residual blocks at 1/8, at 1/16
+    synthesis_blocks: tuple[int, int] = (3, 1)  # residual blocks at 1/8, at 1/16
+    hyper: int = 96  # channels of the hyper-latent at 1/64 resolution
+    features: int = 128  # channels between hyper-synthesis and the prior's steps
+    hidden: int = 160  # channels inside the prior's steps
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.0006  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
     lambda_high: float = 0.12  # the same at quality 100; between them log-linear
@@ -92,6 +98,24 @@ class Analysis(nn.Module):
         return y
 
 
+class HyperAnalysis(nn.Module):
+    """Hyper-analysis h_a. y in units of its deviation (B, latent, h, w) -> z (B, hyper, h/4, w/4)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width = 128
+        self.narrow = nn.Conv2d(shape.latent, width, 1)
+        self.to_half = nn.Conv2d(4 * width, width, 1)
+        self.blocks = _blocks(1, width, width)
+        self.to_quarter = nn.Conv2d(4 * width, shape.hyper, 1)
+
+    def forward(self, y: Tensor) -> Tensor:
+        t = F.silu(self.narrow(y))
+        t = self.blocks(self.to_half(F.pixel_unshuffle(t, 2)))
+        z: Tensor = self.to_quarter(F.pixel_unshuffle(t, 2))
+        return z
+
+
 class Synthesis(nn.Module):
     """Synthesis transform g_s. y_hat (B, latent, h, w) -> (B, 3, 16 h, 16 w) in [0, 1].
 
@@ -103,7 +127,10 @@ class Synthesis(nn.Module):
         self.coarse = _blocks(shape.synthesis_blocks[1], shape.latent, shape.latent)
         self.from_latent = nn.Conv2d(shape.latent, 4 * shape.trunk, 1)
         self.fine = _blocks(shape.synthesis_blocks[0], shape.trunk, 2 * shape.trunk)
-        self.from_trunk = nn.Conv2d(shape.trunk, 192, 3, padding=1)
+        self.overlap = nn.Conv2d(shape.trunk, shape.trunk, 3, padding=1, groups=shape.trunk)
+        self.from_trunk = nn.Conv2d(shape.trunk, 192, 1)
+        nn.init.dirac_(self.overlap.weight, shape.trunk)
+        nn.init.zeros_(self.overlap.bias)  # type: ignore[arg-type]
 
     def forward(self, y_hat: Tensor) -> Tensor:
         d = self.to_depth(y_hat)
@@ -112,8 +139,14 @@ class Synthesis(nn.Module):
     def to_depth(self, y_hat: Tensor) -> Tensor:
         """y_hat -> (B, 192, 2 h, 2 w): the picture before the clip and depth-to-space."""
         t = F.pixel_shuffle(self.from_latent(self.coarse(y_hat)), 2)
-        d: Tensor = self.from_trunk(self.fine(t))
+        d: Tensor = self.from_trunk(self.overlap(self.fine(t)))
         return d
+
+
+def hats(quality: Tensor, anchors: int) -> Tensor:
+    """quality (B,) in [0, 100] -> (B, anchors), the weights of linear interpolation between anchors."""
+    place = quality.clamp(0, 100)[:, None] / 100 * (anchors - 1)
+    return (1 - (place - torch.arange(anchors, device=quality.device)).abs()).clamp(min=0)
 
 
 class Gains(nn.Module):
@@ -122,38 +155,33 @@ class Gains(nn.Module):
     log gain is piecewise linear in quality between `anchors` learned points.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, anchors: int, channels: int) -> None:
         super().__init__()
-        self.anchors = shape.anchors
-        self.log_gain = nn.Parameter(torch.zeros(shape.anchors, shape.latent))
-        self.log_inverse = nn.Parameter(torch.zeros(shape.anchors, shape.latent))
+        self.log_gain = nn.Parameter(torch.zeros(anchors, channels))
+        self.log_inverse = nn.Parameter(torch.zeros(anchors, channels))
 
-    def forward(self, quality: Tensor) -> tuple[Tensor, Tensor]:
-        """quality (B,) in [0, 100] -> gain and inverse gain, each (B, latent, 1, 1)."""
-        place = quality.clamp(0, 100) / 100 * (self.anchors - 1)
-        low = place.floor().clamp(max=self.anchors - 2).long()
-        part = (place - low)[:, None]
-        gain = torch.lerp(self.log_gain[low], self.log_gain[low + 1], part).exp()
-        inverse = torch.lerp(self.log_inverse[low], self.log_inverse[low + 1], part).exp()
+    def forward(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """`hats` (B, anchors) -> gain and inverse gain, each (B, channels, 1, 1)."""
+        gain, inverse = (weights @ self.log_gain).exp(), (weights @ self.log_inverse).exp()
         return gain[..., None, None], inverse[..., None, None]
 
 
 class FactorisedPrior(nn.Module):
-    """A density for each channel of y, the same at every position: a mixture of `parts` logistics.
+    """A density for each channel of z, the same at every position: a mixture of `parts` logistics.
 
     The probability of a symbol q under gain g is F((q + 1/2) / g) - F((q - 1/2) / g), with F the channel's
-    cumulative distribution in units of y; so one density serves every quality.
+    cumulative distribution in units of z; so one density serves every quality.
     """
 
-    def __init__(self, shape: Shape, parts: int = 4) -> None:
+    def __init__(self, channels: int, parts: int = 4) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(parts, shape.latent))
-        self.mean = nn.Parameter(torch.zeros(parts, shape.latent))
+        self.weight = nn.Parameter(torch.zeros(parts, channels))
+        self.mean = nn.Parameter(torch.zeros(parts, channels))
         spread = torch.linspace(-2.5, 0.7, parts)[:, None]
-        self.log_scale = nn.Parameter(spread.repeat(1, shape.latent))
+        self.log_scale = nn.Parameter(spread.repeat(1, channels))
 
     def cumulative(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """P(lower < y < upper), shapes (B, C, h, w) with C = latent; the same shape."""
+        """P(lower < y < upper), shapes (B, C, h, w) the same shape."""
         total = torch.zeros_like(lower)
         weights = self.weight.softmax(0)
         for weight, mean, log_scale in zip(weights, self.mean, self.log_scale, strict=True):
@@ -179,8 +207,13 @@ class Hourglass(nn.Module):
         super().__init__()
         self.shape = shape or Shape()
         self.analysis = Analysis(self.shape)
-        self.gains = Gains(self.shape)
-        self.prior = FactorisedPrior(self.shape)
+        self.hyper_analysis = HyperAnalysis(self.shape)
+        self.gains = Gains(self.shape.anchors, self.shape.latent)
+        self.hyper_gains = Gains(self.shape.anchors, self.shape.hyper)
+        self.hyper_prior = FactorisedPrior(self.shape.hyper)
+        self.prior = Prior(
+            self.shape.latent, self.shape.hyper, self.shape.anchors, self.shape.features, self.shape.hidden
+        )
         self.synthesis = Synthesis(self.shape)
 
     def weight_of_error(self, quality: Tensor) -> Tensor:
@@ -189,19 +222,68 @@ class Hourglass(nn.Module):
         return torch.exp(low + (high - low) * quality / 100)
 
     def forward(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
-        """One training pass: (B, 3, H, W), (B,) -> x_hat (B, 3, H, W) and bits (B,) of each picture.
+        """One training pass: (B, 3, H, W), (B,) -> x_hat (B, 3, H, W) and ideal bits (B,) of each picture."""
+        return self.code(self.analysis(x), quality, noisy=True)
 
-        The rate sees uniform noise in place of rounding, the picture sees rounding with a straight-through
-        gradient (Minnen and Singh, "Channel-wise autoregressive entropy models", 2020).
+    def code(self, y: Tensor, quality: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+        """Latent (B, latent, h, w), h and w multiples of 4 -> x_hat and ideal bits (B,).
+
+        noisy: the rate sees uniform noise in place of rounding, while the picture and the context see rounding with
+        a straight-through gradient (Minnen and Singh, "Channel-wise autoregressive entropy models", 2020).
+        Without it the rate is that of the rounded symbols.
         """
-        y = self.analysis(x).float()
-        gain, inverse = self.gains(quality)
-        scaled = y * gain
-        noisy = scaled + torch.rand_like(scaled) - 0.5
-        bits = self.prior.bits(noisy, gain).sum((1, 2, 3))
-        rounded = scaled + (scaled.round() - scaled).detach()
-        x_hat: Tensor = self.synthesis(rounded * inverse)
-        return x_hat, bits
+        y_hat, bits, inverse = self.entropy(y, quality, noisy)
+        return self.synthesis(y_hat * inverse), bits
+
+    def hyper(self, y: Tensor) -> Tensor:
+        """Hyper-latent (B, hyper, h/4, w/4)."""
+        z: Tensor = self.hyper_analysis(y * torch.exp2(-self.prior.log_unit / OCTAVE)[:, None, None])
+        return z
+
+    def entropy(self, y: Tensor, quality: Tensor, noisy: bool, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise and count: latent -> dequantised y * gain, ideal bits (B,), inverse gain.
+
+        frozen: the gains of the latent do not learn.
+        """
+        weights = hats(quality, self.shape.anchors)
+        gain, inverse = self.gains(weights)
+        if frozen:
+            gain = gain.detach()
+        z = self.hyper(y).float()
+        with torch.autocast(y.device.type, enabled=False):
+            hyper_gain, _ = self.hyper_gains(weights)
+            z = z * hyper_gain
+            symbols = rounded(z)
+            counted = z + torch.rand_like(z) - 0.5 if noisy else symbols
+            bits = self.hyper_prior.bits(counted, hyper_gain).sum((1, 2, 3))
+            scaled, z_hat = y.float() * gain, symbols / hyper_gain
+        scaled, gain, z_hat = map(_channels_last, (scaled, gain, z_hat))
+        y_hat, more = self.prior(scaled, gain, z_hat, weights, noisy)
+        return y_hat.permute(0, 3, 1, 2), bits + more, inverse
+
+    def symbols(self, y: Tensor, quality: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each step of the prior the rounded symbols of a latent and their levels, both (B, h/2, w/2, latent)."""
+        weights = hats(quality, self.shape.anchors)
+        gain, _ = self.gains(weights)
+        hyper_gain, _ = self.hyper_gains(weights)
+        z_hat = (self.hyper(y) * hyper_gain).round() / hyper_gain
+        scaled, gain, z_hat = map(_channels_last, (y * gain, gain, z_hat))
+        for rest, _, level in self.prior.walk(scaled, gain, z_hat, weights):
+            yield rest.round(), level
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def start_prior(net: Hourglass, latents: Tensor) -> None:
+    """Give the prior its units, the deviations of latents (N, h, w, latent), and the hyper-latent its first gains."""
+    deviation = torch.stack([part.float().std(correction=0) for part in latents.flatten(0, 2).T])
+    net.prior.log_unit.copy_((deviation.clamp(min=1e-4).log2() * OCTAVE).round())
+    net.hyper_gains.log_gain.copy_(
+        torch.linspace(0, 1.5, net.shape.anchors)[:, None].expand_as(net.hyper_gains.log_gain)
+    )
 
 
 @torch.no_grad()
@@ -227,6 +309,8 @@ def start_from_pca(net: Hourglass, pictures: list[Tensor], generator: torch.Gene
     t = ((flat - mean) @ basis).reshape(-1, 4, 4, shape.trunk).permute(0, 3, 1, 2)
     pairs = F.pixel_unshuffle(t, 2).permute(0, 2, 3, 1).reshape(-1, 4 * shape.trunk)
     basis2, deviation2 = _principal(pairs, shape.latent)
+    shuffled = torch.arange(shape.latent).reshape(-1, 4).T.flatten()  # each quarter has strong and weak channels
+    basis2, deviation2 = basis2[:, shuffled], deviation2[shuffled]
     scale2 = deviation2.clamp(min=1e-3).sqrt()
     unscale = scale.repeat_interleave(4)  # pixel_unshuffle keeps the four copies of a channel together
 
@@ -245,7 +329,6 @@ def start_from_pca(net: Hourglass, pictures: list[Tensor], generator: torch.Gene
     step = (net.weight_of_error(torch.linspace(0, 100, shape.anchors)) * 255**2 / 20).rsqrt()
     net.gains.log_gain.copy_((scale2 / step[:, None]).log())
     net.gains.log_inverse.copy_((step[:, None] / scale2).log())
-    net.prior.log_scale.add_((deviation2 / scale2).clamp(min=1e-3).log().float() - math.log(1.8))
 
 
 def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Rate and distortion on a folder of pictures, beside JPEG, WebP and AVIF in the same run.
 
-    python tests/bench/rd.py FOLDER [--out results.json] [--chart rd.png] [--model ID]
+    python tests/bench/rd.py FOLDER [--out results.json] [--chart rd.png] [--anchors FOLDER] [--model ID]
 
 Rates are bytes of whole files; pictures are 8-bit RGB; PSNR is over RGB, curves are means over the pictures at each
-setting. Printed: every curve, the BD-rate of the codec against each rival, and for every picture the file nearest
-0.5 bpp beside the smallest JPEG that is no smaller.
+setting. --anchors: a folder of published curves (JSON: results.bpp, results.psnr-rgb), drawn thin; their rates are what
+their authors state, mostly estimated and without headers. Printed: every curve, the BD-rate of the codec against each
+rival, and for every picture the file nearest 0.5 bpp beside the smallest JPEG that is no smaller.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hourglass import codec
-from hourglass.codec import image, metrics
+from hourglass.codec import entropy, image, metrics
 from hourglass.codec.image import list_pictures
 from hourglass.codec.runtime import DEFAULT_MODEL, usable_cores
 
@@ -70,19 +71,24 @@ def _point(pixels: Pixels, decoded: Pixels, size: int, quality: float) -> dict[s
     }
 
 
-def own_point(pixels: Pixels, coder: codec.Codec, code: codec.Code) -> dict[str, float]:
-    data = coder.pack(code)
-    return _point(pixels, coder.decode(data), len(data), code.quality)
+def own_points(pixels: Pixels, coder: codec.Codec, effort: codec.Effort) -> dict[str, Any]:
+    """Points at `QUALITIES`; the one nearest 0.5 bpp; the file's bytes at each quality 0, 1, ... 100; what the prior's
+    tables ask for at `QUALITIES` in bytes, to which the file adds header, checksums and escapes.
+    """
 
+    def own_point(quality: int) -> dict[str, float]:
+        return _point(pixels, coder.decode(files[quality]), len(files[quality]), quality)
 
-def own_points(pixels: Pixels, coder: codec.Codec) -> tuple[list[dict[str, float]], dict[str, float], list[int]]:
-    """At `QUALITIES`; at the quality nearest 0.5 bpp; and the file's bytes at each quality 0, 1, ... 100."""
-    codes = list(coder.analyse_many(pixels, range(101)))
-    sizes = [len(coder.pack(code)) for code in codes]
+    files = list(coder.encode_many(pixels, range(101), effort))
+    sizes = [len(data) for data in files]
     goal = 0.5 * pixels.shape[0] * pixels.shape[1] / 8
     near = min(range(101), key=lambda quality: abs(sizes[quality] - goal))
-    points = [own_point(pixels, coder, codes[quality]) for quality in QUALITIES]
-    return points, own_point(pixels, coder, codes[near]), sizes
+    tables = coder._model(coder.model).tables
+    ideal = [
+        sum(entropy.ideal_bits(*part, tables) for part in coder._unpack(files[quality]).parts) / 8
+        for quality in QUALITIES
+    ]
+    return {"points": [own_point(q) for q in QUALITIES], "near": own_point(near), "sizes": sizes, "ideal": ideal}
 
 
 def jpeg_no_smaller(pixels: Pixels, size: float) -> dict[str, float]:
@@ -118,11 +124,40 @@ def draw(results: dict[str, Any], path: Path) -> None:
             values = [p[name] if name == "psnr" else -10 * np.log10(1 - p[name]) for p in points]
             own = curve == results["model"]
             axis.plot([p["bpp"] for p in points], values, "o-", ms=3, lw=2.2 if own else 1.2, label=curve)
+        for name_, curve in results.get("published", {}).items():
+            if name == "psnr":
+                axis.plot(curve["bpp"], curve["psnr"], "--", lw=0.6, color="0.5", zorder=0)
+                inside = [i for i, bpp in enumerate(curve["bpp"]) if bpp < 1.95]
+                axis.annotate(name_, (curve["bpp"][inside[-1]], curve["psnr"][inside[-1]]), fontsize=5, color="0.4")
         axis.set(xlabel="bits per pixel, whole files", ylabel=label, xlim=(0, 2))
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.suptitle(f"{results['pictures']} pictures of {results['folder']}")
     figure.savefig(path, dpi=110)
+
+
+PUBLISHED = {
+    "vtm": "VTM",
+    "hm": "HM",
+    "bpg_444_x265_ycbcr": "BPG 4:4:4",
+    "compressai-bmshj2018-factorized_mse_cuda": "factorised 2018",
+    "compressai-bmshj2018-hyperprior_mse_cuda": "hyperprior 2018",
+    "compressai-mbt2018-mean_mse_cuda": "mean and scale 2018",
+    "compressai-cheng2020-attn_mse_cuda": "cheng2020",
+    "paper-elic2022_mse": "ELIC 2022",
+    "EVC-EncS_DecS": "EVC S",
+    "shallowntc-2-layer_syn+SGA": "shallow NTC + SGA",
+}
+"""Curves of --anchors that are drawn: file name -> label."""
+
+
+def published(folder: Path) -> dict[str, dict[str, list[float]]]:
+    curves = {}
+    for file, label in PUBLISHED.items():
+        values = json.loads((folder / f"{file}.json").read_text())["results"]
+        points = sorted(zip(values["bpp"], values["psnr-rgb"], strict=True))
+        curves[label] = {"bpp": [p[0] for p in points], "psnr": [p[1] for p in points]}
+    return curves
 
 
 def report(results: dict[str, Any]) -> None:
@@ -141,6 +176,10 @@ def report(results: dict[str, Any]) -> None:
             f"{other['quality']:>7}{other['bpp']:>7.3f}{other['psnr']:>7.2f}{gain:>+9.2f}"
         )
     print(f"higher PSNR than a JPEG of the same size or larger: {wins} of {len(results['near_half_bpp'])} pictures")
+    worst = max((ratio, q) for q, ratio in results["real_to_ideal"].items())
+    print(
+        f"bytes of files above what the tables say: at most {worst[0] - 1:.2%} (quality {worst[1]}), mean of pictures"
+    )
     print(f"sizes rise with quality (0, 1, ... 100) on {results['monotone']} of {results['pictures']} pictures")
 
 
@@ -149,13 +188,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     parser.add_argument("--chart", type=Path, help="draw the curves (.png or .svg)")
+    parser.add_argument("--anchors", type=Path, help="folder of published curves to draw beside")
+    parser.add_argument("--effort", choices=get_args(codec.Effort), default="default")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--zoo", type=Path, default=None)
     options = parser.parse_args()
-    coder = codec.Codec(options.model, **({"zoo": options.zoo} if options.zoo else {}))
+    coder = codec.Codec(options.model, threads=1, **({"zoo": options.zoo} if options.zoo else {}))
     paths = list_pictures(options.folder)
-    own = [own_points(image.read(path), coder) for path in tqdm(paths, desc=options.model)]
-    curves = {options.model: mean_curve([points for points, _, _ in own])}
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        work = pool.map(lambda path: own_points(image.read(path), coder, options.effort), paths)
+        own = list(tqdm(work, desc=options.model, total=len(paths)))
+    curves = {options.model: mean_curve([row["points"] for row in own])}
     for name, (rival, qualities) in RIVALS.items():
         curves[name] = mean_curve(measure(paths, rival, qualities, name))
     results: dict[str, Any] = {
@@ -165,14 +208,21 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.system()} {platform.machine()}, {usable_cores()} cores",
         "versions": {name: version(name) for name in ("pillow", "onnxruntime", "constriction", "numpy")},
+        "effort": options.effort,
         "curves": curves,
+        "real_to_ideal": {
+            str(q): float(np.mean([row["points"][i]["bytes"] / row["ideal"][i] for row in own]))
+            for i, q in enumerate(QUALITIES)
+        },
         "bd_rate_psnr": {name: bd(curves[options.model], curves[name]) for name in RIVALS},
-        "monotone": sum(all(a < b for a, b in itertools.pairwise(sizes)) for _, _, sizes in own),
+        "monotone": sum(all(a < b for a, b in itertools.pairwise(row["sizes"])) for row in own),
         "near_half_bpp": {
-            path.name: {"hourglass": near, "jpeg": jpeg_no_smaller(image.read(path), near["bytes"])}
-            for path, (_, near, _) in zip(paths, own, strict=True)
+            path.name: {"hourglass": row["near"], "jpeg": jpeg_no_smaller(image.read(path), row["near"]["bytes"])}
+            for path, row in zip(paths, own, strict=True)
         },
     }
+    if options.anchors:
+        results["published"] = published(options.anchors)
     report(results)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")

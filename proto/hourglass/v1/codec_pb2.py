@@ -24,17 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18hourglass/v1/codec.proto\x12\x0chourglass.v1\"4\n\x06Pixels\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0b\n\x03rgb\x18\x03 \x01(\x0c\"^\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12)\n\tdata_type\x18\x03 \x01(\x0e\x32\x16.hourglass.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"l\n\x04\x43ode\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07quality\x18\x02 \x01(\x01\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12%\n\x07tensors\x18\x05 \x03(\x0b\x32\x14.hourglass.v1.Tensor\"+\n\nDistortion\x12\x0c\n\x04psnr\x18\x01 \x01(\x01\x12\x0f\n\x07ms_ssim\x18\x02 \x01(\x01\"\xc7\x01\n\rEncodeRequest\x12\x14\n\nimage_file\x18\x01 \x01(\x0cH\x00\x12&\n\x06pixels\x18\x02 \x01(\x0b\x32\x14.hourglass.v1.PixelsH\x00\x12\x14\n\x07quality\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05model\x18\x04 \x01(\t\x12\x11\n\twant_file\x18\x05 \x01(\x08\x12\x11\n\twant_code\x18\x06 \x01(\x08\x12\x17\n\x0fwant_distortion\x18\x07 \x01(\x08\x42\x08\n\x06sourceB\n\n\x08_quality\"\xbf\x01\n\x0e\x45ncodeResponse\x12\x0c\n\x04\x66ile\x18\x01 \x01(\x0c\x12 \n\x04\x63ode\x18\x02 \x01(\x0b\x32\x12.hourglass.v1.Code\x12,\n\ndistortion\x18\x03 \x01(\x0b\x32\x18.hourglass.v1.Distortion\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07quality\x18\x05 \x01(\x01\x12\r\n\x05width\x18\x06 \x01(\r\x12\x0e\n\x06height\x18\x07 \x01(\r\x12\x10\n\x08warnings\x18\x08 \x03(\t\"x\n\rDecodeRequest\x12\x0e\n\x04\x66ile\x18\x01 \x01(\x0cH\x00\x12\"\n\x04\x63ode\x18\x02 \x01(\x0b\x32\x12.hourglass.v1.CodeH\x00\x12)\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x19.hourglass.v1.ImageFormatB\x08\n\x06source\"y\n\x0e\x44\x65\x63odeResponse\x12&\n\x06pixels\x18\x01 \x01(\x0b\x32\x14.hourglass.v1.PixelsH\x00\x12\x14\n\nimage_file\x18\x02 \x01(\x0cH\x00\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07quality\x18\x04 \x01(\x01\x42\t\n\x07picture\"\x13\n\x11ListModelsRequest\"P\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.hourglass.v1.Model\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"L\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08\x63hannels\x18\x02 \x01(\r\x12\x0e\n\x06stride\x18\x03 \x01(\r\x12\x15\n\rmanifest_json\x18\x04 \x01(\t*:\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x01*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x32\xe9\x01\n\x0c\x43odecService\x12\x43\n\x06\x45ncode\x12\x1b.hourglass.v1.EncodeRequest\x1a\x1c.hourglass.v1.EncodeResponse\x12\x43\n\x06\x44\x65\x63ode\x12\x1b.hourglass.v1.DecodeRequest\x1a\x1c.hourglass.v1.DecodeResponse\x12O\n\nListModels\x12\x1f.hourglass.v1.ListModelsRequest\x1a .hourglass.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18hourglass/v1/codec.proto\x12\x0chourglass.v1\"4\n\x06Pixels\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0b\n\x03rgb\x18\x03 \x01(\x0c\"^\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12)\n\tdata_type\x18\x03 \x01(\x0e\x32\x16.hourglass.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"l\n\x04\x43ode\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07quality\x18\x02 \x01(\x01\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12%\n\x07tensors\x18\x05 \x03(\x0b\x32\x14.hourglass.v1.Tensor\"+\n\nDistortion\x12\x0c\n\x04psnr\x18\x01 \x01(\x01\x12\x0f\n\x07ms_ssim\x18\x02 \x01(\x01\"\xaa\x02\n\rEncodeRequest\x12\x14\n\nimage_file\x18\x01 \x01(\x0cH\x00\x12&\n\x06pixels\x18\x02 \x01(\x0b\x32\x14.hourglass.v1.PixelsH\x00\x12\x11\n\x07quality\x18\x03 \x01(\x01H\x01\x12\x15\n\x0btarget_size\x18\x08 \x01(\x04H\x01\x12\x14\n\ntarget_bpp\x18\t \x01(\x01H\x01\x12\x15\n\x0btarget_psnr\x18\n \x01(\x01H\x01\x12\r\n\x05model\x18\x04 \x01(\t\x12\x11\n\twant_file\x18\x05 \x01(\x08\x12\x11\n\twant_code\x18\x06 \x01(\x08\x12\x17\n\x0fwant_distortion\x18\x07 \x01(\x08\x12$\n\x06\x65\x66\x66ort\x18\x0b \x01(\x0e\x32\x14.hourglass.v1.EffortB\x08\n\x06sourceB\x06\n\x04goal\"\xbf\x01\n\x0e\x45ncodeResponse\x12\x0c\n\x04\x66ile\x18\x01 \x01(\x0c\x12 \n\x04\x63ode\x18\x02 \x01(\x0b\x32\x12.hourglass.v1.Code\x12,\n\ndistortion\x18\x03 \x01(\x0b\x32\x18.hourglass.v1.Distortion\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07quality\x18\x05 \x01(\x01\x12\r\n\x05width\x18\x06 \x01(\r\x12\x0e\n\x06height\x18\x07 \x01(\r\x12\x10\n\x08warnings\x18\x08 \x03(\t\"x\n\rDecodeRequest\x12\x0e\n\x04\x66ile\x18\x01 \x01(\x0cH\x00\x12\"\n\x04\x63ode\x18\x02 \x01(\x0b\x32\x12.hourglass.v1.CodeH\x00\x12)\n\x06\x66ormat\x18\x03 \x01(\x0e\x32\x19.hourglass.v1.ImageFormatB\x08\n\x06source\"y\n\x0e\x44\x65\x63odeResponse\x12&\n\x06pixels\x18\x01 \x01(\x0b\x32\x14.hourglass.v1.PixelsH\x00\x12\x14\n\nimage_file\x18\x02 \x01(\x0cH\x00\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07quality\x18\x04 \x01(\x01\x42\t\n\x07picture\"\x13\n\x11ListModelsRequest\"P\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.hourglass.v1.Model\x12\x15\n\rdefault_model\x18\x02 \x01(\t\"U\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.hourglass.v1.TensorRule\x12\x15\n\rmanifest_json\x18\x03 \x01(\t\"<\n\nTensorRule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x63hannels\x18\x02 \x01(\r\x12\x0e\n\x06stride\x18\x03 \x01(\r*:\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_INT16\x10\x01*B\n\x06\x45\x66\x66ort\x12\x16\n\x12\x45\x46\x46ORT_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x45\x46\x46ORT_FAST\x10\x01\x12\x0f\n\x0b\x45\x46\x46ORT_BEST\x10\x02*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03\x32\xe9\x01\n\x0c\x43odecService\x12\x43\n\x06\x45ncode\x12\x1b.hourglass.v1.EncodeRequest\x1a\x1c.hourglass.v1.EncodeResponse\x12\x43\n\x06\x44\x65\x63ode\x12\x1b.hourglass.v1.DecodeRequest\x1a\x1c.hourglass.v1.DecodeResponse\x12O\n\nListModels\x12\x1f.hourglass.v1.ListModelsRequest\x1a .hourglass.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hourglass.v1.codec_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=1169
-  _globals['_DATATYPE']._serialized_end=1227
-  _globals['_IMAGEFORMAT']._serialized_start=1229
-  _globals['_IMAGEFORMAT']._serialized_end=1340
+  _globals['_DATATYPE']._serialized_start=1339
+  _globals['_DATATYPE']._serialized_end=1397
+  _globals['_EFFORT']._serialized_start=1399
+  _globals['_EFFORT']._serialized_end=1465
+  _globals['_IMAGEFORMAT']._serialized_start=1467
+  _globals['_IMAGEFORMAT']._serialized_end=1578
   _globals['_PIXELS']._serialized_start=42
   _globals['_PIXELS']._serialized_end=94
   _globals['_TENSOR']._serialized_start=96
@@ -44,19 +46,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DISTORTION']._serialized_start=302
   _globals['_DISTORTION']._serialized_end=345
   _globals['_ENCODEREQUEST']._serialized_start=348
-  _globals['_ENCODEREQUEST']._serialized_end=547
-  _globals['_ENCODERESPONSE']._serialized_start=550
-  _globals['_ENCODERESPONSE']._serialized_end=741
-  _globals['_DECODEREQUEST']._serialized_start=743
-  _globals['_DECODEREQUEST']._serialized_end=863
-  _globals['_DECODERESPONSE']._serialized_start=865
-  _globals['_DECODERESPONSE']._serialized_end=986
-  _globals['_LISTMODELSREQUEST']._serialized_start=988
-  _globals['_LISTMODELSREQUEST']._serialized_end=1007
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1009
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1089
-  _globals['_MODEL']._serialized_start=1091
-  _globals['_MODEL']._serialized_end=1167
-  _globals['_CODECSERVICE']._serialized_start=1343
-  _globals['_CODECSERVICE']._serialized_end=1576
+  _globals['_ENCODEREQUEST']._serialized_end=646
+  _globals['_ENCODERESPONSE']._serialized_start=649
+  _globals['_ENCODERESPONSE']._serialized_end=840
+  _globals['_DECODEREQUEST']._serialized_start=842
+  _globals['_DECODEREQUEST']._serialized_end=962
+  _globals['_DECODERESPONSE']._serialized_start=964
+  _globals['_DECODERESPONSE']._serialized_end=1085
+  _globals['_LISTMODELSREQUEST']._serialized_start=1087
+  _globals['_LISTMODELSREQUEST']._serialized_end=1106
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1108
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1188
+  _globals['_MODEL']._serialized_start=1190
+  _globals['_MODEL']._serialized_end=1275
+  _globals['_TENSORRULE']._serialized_start=1277
+  _globals['_TENSORRULE']._serialized_end=1337
+  _globals['_CODECSERVICE']._serialized_start=1581
+  _globals['_CODECSERVICE']._serialized_end=1814
 # @@protoc_insertion_point(module_scope)

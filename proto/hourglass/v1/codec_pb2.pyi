@@ -12,6 +12,12 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
     DATA_TYPE_INT16: _ClassVar[DataType]
 
+class Effort(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EFFORT_UNSPECIFIED: _ClassVar[Effort]
+    EFFORT_FAST: _ClassVar[Effort]
+    EFFORT_BEST: _ClassVar[Effort]
+
 class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     IMAGE_FORMAT_UNSPECIFIED: _ClassVar[ImageFormat]
@@ -20,6 +26,9 @@ class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     IMAGE_FORMAT_WEBP: _ClassVar[ImageFormat]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_INT16: DataType
+EFFORT_UNSPECIFIED: Effort
+EFFORT_FAST: Effort
+EFFORT_BEST: Effort
 IMAGE_FORMAT_UNSPECIFIED: ImageFormat
 IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_JPEG: ImageFormat
@@ -70,22 +79,30 @@ class Distortion(_message.Message):
     def __init__(self, psnr: _Optional[float] = ..., ms_ssim: _Optional[float] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("image_file", "pixels", "quality", "model", "want_file", "want_code", "want_distortion")
+    __slots__ = ("image_file", "pixels", "quality", "target_size", "target_bpp", "target_psnr", "model", "want_file", "want_code", "want_distortion", "effort")
     IMAGE_FILE_FIELD_NUMBER: _ClassVar[int]
     PIXELS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    TARGET_SIZE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_BPP_FIELD_NUMBER: _ClassVar[int]
+    TARGET_PSNR_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WANT_FILE_FIELD_NUMBER: _ClassVar[int]
     WANT_CODE_FIELD_NUMBER: _ClassVar[int]
     WANT_DISTORTION_FIELD_NUMBER: _ClassVar[int]
+    EFFORT_FIELD_NUMBER: _ClassVar[int]
     image_file: bytes
     pixels: Pixels
     quality: float
+    target_size: int
+    target_bpp: float
+    target_psnr: float
     model: str
     want_file: bool
     want_code: bool
     want_distortion: bool
-    def __init__(self, image_file: _Optional[bytes] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., quality: _Optional[float] = ..., model: _Optional[str] = ..., want_file: _Optional[bool] = ..., want_code: _Optional[bool] = ..., want_distortion: _Optional[bool] = ...) -> None: ...
+    effort: Effort
+    def __init__(self, image_file: _Optional[bytes] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., quality: _Optional[float] = ..., target_size: _Optional[int] = ..., target_bpp: _Optional[float] = ..., target_psnr: _Optional[float] = ..., model: _Optional[str] = ..., want_file: _Optional[bool] = ..., want_code: _Optional[bool] = ..., want_distortion: _Optional[bool] = ..., effort: _Optional[_Union[Effort, str]] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("file", "code", "distortion", "model", "quality", "width", "height", "warnings")
@@ -142,13 +159,21 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., default_model: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "channels", "stride", "manifest_json")
+    __slots__ = ("id", "tensors", "manifest_json")
     ID_FIELD_NUMBER: _ClassVar[int]
-    CHANNELS_FIELD_NUMBER: _ClassVar[int]
-    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
     id: str
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorRule]
+    manifest_json: str
+    def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorRule, _Mapping]]] = ..., manifest_json: _Optional[str] = ...) -> None: ...
+
+class TensorRule(_message.Message):
+    __slots__ = ("name", "channels", "stride")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    name: str
     channels: int
     stride: int
-    manifest_json: str
-    def __init__(self, id: _Optional[str] = ..., channels: _Optional[int] = ..., stride: _Optional[int] = ..., manifest_json: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., channels: _Optional[int] = ..., stride: _Optional[int] = ...) -> None: ...

@@ -2,17 +2,65 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import Code
+from hourglass.codec import Code, Effort, ModelInfo, Settings, TensorRule, check_settings, parse_size
 from hourglass.codec.errors import CodeError, InvalidArgument
 from hourglass.v1 import codec_pb2 as pb
 
 ERROR_DOMAIN = "hourglass"
 """Domain of the google.rpc.ErrorInfo in the details of a refused call; its reason is the name of an error class."""
+
+
+EFFORTS: dict[int, Effort] = {
+    pb.EFFORT_UNSPECIFIED: "default",
+    pb.EFFORT_FAST: "fast",
+    pb.EFFORT_BEST: "best",
+}
+
+
+def set_settings(request: pb.EncodeRequest, settings: Settings, source: int | None) -> None:
+    """Write settings into a request. source: bytes of the source file, for a target_size in per cent of it.
+
+    Raises `InvalidArgument`.
+    """
+    check_settings(settings)
+    for name, value in settings.items():
+        if name == "effort":
+            request.effort = next(number for number, effort in EFFORTS.items() if effort == value)  # type: ignore[assignment]
+        else:
+            setattr(request, name, parse_size(value, source) if name == "target_size" else value)  # type: ignore[arg-type]
+
+
+def get_settings(request: pb.EncodeRequest) -> Settings:
+    """The settings that a request holds. Raises `InvalidArgument` for an effort that is unknown."""
+    if request.effort not in EFFORTS:
+        raise InvalidArgument(f"effort is {request.effort}; expected a value of Effort")
+    settings: Settings = {"effort": EFFORTS[request.effort]}
+    match request.WhichOneof("goal"):
+        case "quality":
+            settings["quality"] = request.quality
+        case "target_size":
+            settings["target_size"] = request.target_size
+        case "target_bpp":
+            settings["target_bpp"] = request.target_bpp
+        case "target_psnr":
+            settings["target_psnr"] = request.target_psnr
+    return settings
+
+
+def model_to_message(info: ModelInfo) -> pb.Model:
+    tensors = [pb.TensorRule(name=rule.name, channels=rule.channels, stride=rule.stride) for rule in info.tensors]
+    return pb.Model(id=info.id, tensors=tensors, manifest_json=json.dumps(dict(info.manifest)))
+
+
+def model_from_message(message: pb.Model) -> ModelInfo:
+    tensors = tuple(TensorRule(rule.name, rule.channels, rule.stride) for rule in message.tensors)
+    return ModelInfo(message.id, tensors, json.loads(message.manifest_json))
 
 
 def code_to_message(code: Code) -> pb.Code:
@@ -28,6 +76,10 @@ def code_from_message(message: pb.Code) -> Code:
     tensors = {}
     for tensor in message.tensors:
         shape = tuple(tensor.shape)
+        if len(shape) != 3 or not all(shape):
+            raise CodeError(f"tensor {tensor.name[:80]!r} has shape {shape[:8]}; expected channels, rows, columns")
+        if tensor.name in tensors:
+            raise CodeError(f"tensor {tensor.name[:80]!r} is there twice")
         if tensor.data_type != pb.DATA_TYPE_INT16:
             raise CodeError(f"tensor {tensor.name!r} has data type {tensor.data_type}; expected DATA_TYPE_INT16")
         tensors[tensor.name] = _array(tensor.data, "<i2", shape, f"tensor {tensor.name!r}", CodeError)
@@ -50,6 +102,6 @@ def _array(
     expected = np.dtype(dtype).itemsize
     for size in shape:  # Python's integers: a product of hostile sizes must not wrap around
         expected *= size
-    if len(data) != expected:
+    if len(data) != expected or not expected:
         raise error(f"{what} has {len(data)} bytes; its shape {shape} needs {expected}")
     return np.frombuffer(data, dtype).reshape(shape)

@@ -1,0 +1,265 @@
+"""Proof that a prior.onnx gives the same integers on every machine; reads ONNX itself, without the onnx package.
+
+Every value of the graph is followed with two numbers: its largest magnitude, and a grid that it is a multiple of. In
+float32 an integer below 2**24 in magnitude is exact, whatever its power of two. So the graph is exact when
+
+- every convolution has integer inputs, weights and biases, with max|x| * sum|w| + |b| < 2**24 for every output channel:
+  then every partial sum is exact, in any order, with or without FMA;
+- every product is exact: then folding it into a convolution, or an addition behind it, changes nothing;
+- all other operators compare, round, clip or move values, or add two of them: one IEEE operation, the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hourglass.codec.errors import ModelError
+
+LIMIT = 1 << 24
+
+MANTISSA = 511
+"""Inputs called `*_unit` are integers up to this times powers of two: the runtime takes them from a shipped table."""
+
+OFFSET = 1 << 20
+"""The largest magnitude of the input `level_offset`."""
+
+FEATURES = 1023
+"""The largest magnitude of the features, which go out in step 0 and come in again in the others."""
+
+_CAST = {1: LIMIT, 2: 255, 5: 32767}
+"""Types that a graph may cast to, float, uint8 and int16, and the largest magnitude that each keeps."""
+
+_DTYPES = {1: "<f4", 3: "<i1", 6: "<i4", 7: "<i8"}  # of TensorProto
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What is known of a value: |x| <= reach, x a multiple of grid (0: of any power of two), a constant's elements.
+
+    mantissa: largest odd part of an element in units of its own power of two, where that is less than reach / grid.
+    """
+
+    reach: float
+    grid: float = 1.0
+    mantissa: float = math.inf
+    constant: NDArray[np.generic] | None = None
+
+    @property
+    def digits(self) -> float:
+        """The largest integer that an element is, apart from a power of two."""
+        return min(self.mantissa, self.reach / self.grid if self.grid else math.inf)
+
+
+_INPUTS = {
+    "step": _Value(3),
+    "z": _Value(32768),
+    "features_before": _Value(FEATURES),
+    "known": _Value(32768),
+    "quality": _Value(32),
+    "hyper_unit": _Value(math.inf, 0, MANTISSA),
+    "known_unit": _Value(math.inf, 0, MANTISSA),
+    "mean_unit": _Value(math.inf, 0, MANTISSA),
+    "level_offset": _Value(OFFSET),
+}
+
+
+def bounds(model: bytes) -> dict[str, list[int]]:
+    """For every convolution of a prior.onnx and every output channel: max|x| * sum|w| + |b|.
+
+    Raises `ModelError` when the graph cannot be proved exact.
+    """
+    found: dict[str, list[int]] = {}
+    try:
+        graph = next(bytes(value) for field, value in _fields(model) if field == 7 and isinstance(value, memoryview))
+        names = [_text(sub) for field, value in _fields(graph) if field == 12 for f, sub in _fields(value) if f == 1]
+        outputs = dict(zip(names, _follow(graph, dict(_INPUTS), found), strict=True))
+        for name, reach in {"level": 63, "mean": 32767, "features": FEATURES}.items():
+            if not outputs[name].reach <= reach or outputs[name].grid < 1:
+                raise ModelError(f"prior.onnx: output {name} may be other than an integer up to {reach}")
+    except ModelError:
+        raise
+    except Exception as exc:  # whatever a file that is no ONNX makes the parser stumble over
+        raise ModelError(f"prior.onnx cannot be read: {exc!r}") from exc
+    return found
+
+
+def _follow(graph: bytes, values: dict[str, _Value], found: dict[str, list[int]]) -> list[_Value]:
+    """Go through a graph in order; the values of its outputs."""
+    fields = list(_fields(graph))
+    for field, value in fields:
+        if field == 5:
+            name, array = _tensor(value)
+            if name in _INPUTS:
+                raise ModelError(f"prior.onnx: input {name} has a value of its own")
+            values[name] = _constant(array)
+    for field, value in fields:
+        if field != 1:
+            continue
+        node = _Node.parse(value)
+        inputs = [values[name] for name in node.inputs]
+        if node.operator == "If":
+            branches = [_follow(branch, dict(values), found) for branch in node.graphs]
+            outputs = [_union(list(pair)) for pair in zip(*branches, strict=True)]
+        elif node.operator == "Conv":
+            found[node.name] = _convolution(node.name, *inputs)
+            outputs = [_Value(max(found[node.name]))]
+        else:
+            outputs = [_result(node, inputs)]
+        values.update(zip(node.outputs, outputs, strict=True))
+    names = [_text(sub) for field, value in fields if field == 12 for f, sub in _fields(value) if f == 1]
+    return [values[name] for name in names]
+
+
+def _convolution(name: str, x: _Value, weight: _Value, bias: _Value | None = None) -> list[int]:
+    if weight.constant is None or (bias is not None and bias.constant is None):
+        raise ModelError(f"prior.onnx: weights of {name} are not constant")
+    if any(value.grid < 1 for value in (x, weight, bias) if value is not None):
+        raise ModelError(f"prior.onnx: {name} works on numbers that are no integers")
+    sums = np.abs(weight.constant.astype(np.float64)).reshape(len(weight.constant), -1).sum(1)
+    largest = sums * x.reach
+    if bias is not None and bias.constant is not None:
+        largest = largest + np.abs(bias.constant.astype(np.float64))
+    if not (largest < LIMIT).all():
+        raise ModelError(f"prior.onnx: {name} may reach {largest.max():.0f}; exact below {LIMIT} only")
+    return [int(value) for value in largest]
+
+
+def _result(node: _Node, inputs: list[_Value]) -> _Value:
+    first = inputs[0]
+    match node.operator:
+        case "Slice" | "DepthToSpace" | "Identity":
+            return first
+        case "Cast":
+            if node.to not in _CAST or (first.grid < 1 or first.reach > _CAST[node.to]):
+                raise ModelError(f"prior.onnx: {node.name} may not keep what it casts")
+            return first
+        case "Concat":
+            return _union(inputs)
+        case "Floor":
+            return _Value(first.reach + 1)
+        case "Clip":
+            low, high = (float(np.asarray(value.constant)) for value in inputs[1:])
+            if not low <= 0 <= high or not (low.is_integer() and high.is_integer()):
+                raise ModelError(f"prior.onnx: {node.name} clips to {low}..{high}; expected integers around 0")
+            return _Value(min(max(-low, high), first.reach), first.grid)
+        case "Add":
+            reach, grid = first.reach + inputs[1].reach, min(first.grid, inputs[1].grid)
+            if grid and reach / grid >= LIMIT:  # it may be folded into a convolution
+                raise ModelError(f"prior.onnx: the sum {node.name} may reach {reach:.0f}; exact below {LIMIT} only")
+            return _Value(reach, grid)
+        case "Mul":
+            if first.digits * inputs[1].digits >= LIMIT:
+                raise ModelError(f"prior.onnx: the product {node.name} may need more than 24 bits")
+            grid = first.grid * inputs[1].grid
+            return _Value(first.reach * inputs[1].reach, grid, first.digits * inputs[1].digits)
+        case "Equal" | "Less":
+            return _Value(1)
+    raise ModelError(f"prior.onnx: operator {node.operator} is not known to be exact")
+
+
+def _union(values: list[_Value]) -> _Value:
+    return _Value(max(value.reach for value in values), min(value.grid for value in values))
+
+
+def _constant(array: NDArray[np.generic]) -> _Value:
+    numbers = np.abs(array.astype(np.float64)).reshape(-1)
+    if not np.isfinite(numbers).all():
+        raise ModelError("prior.onnx: a constant is not finite")
+    reach, grid, mantissa = float(numbers.max(initial=0)), 1.0, math.inf
+    if array.dtype.kind == "f":
+        fractions, exponents = np.frexp(numbers[numbers > 0])
+        odd = np.ldexp(fractions, 24).astype(np.int64)
+        odd //= odd & -odd
+        mantissa = float(odd.max(initial=1))
+        bits = np.frexp(odd.astype(np.float64))[1]
+        grid = float(np.ldexp(1.0, int((exponents - bits).min(initial=0))))
+    return _Value(reach, grid, mantissa, array)
+
+
+@dataclass(frozen=True)
+class _Node:
+    operator: str
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    graphs: list[bytes]
+    to: int
+
+    @staticmethod
+    def parse(data: memoryview | int) -> _Node:
+        texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
+        graphs, to = [], 0
+        for field, value in _fields(data):
+            if field in texts:
+                texts[field].append(_text(value))
+            elif field == 5:
+                attribute = dict(_fields(value))
+                if isinstance(branch := attribute.get(6), memoryview):
+                    graphs.append(bytes(branch))
+                if _text(attribute.get(1, 0)) == "to" and isinstance(kind := attribute.get(3), int):
+                    to = kind
+        return _Node(texts[4][0], (texts[3] or texts[2])[0], texts[1], texts[2], graphs, to)
+
+
+def _tensor(data: memoryview | int) -> tuple[str, NDArray[np.generic]]:
+    dims, dtype, name, raw = [], 0, "", b""
+    for field, value in _fields(data):
+        if field == 1:
+            dims += [value] if isinstance(value, int) else list(_varints(value))
+        elif field == 2 and isinstance(value, int):
+            dtype = value
+        elif field == 8:
+            name = _text(value)
+        elif field == 9:
+            raw = bytes(value)
+    return name, np.frombuffer(raw, _DTYPES[dtype]).reshape(dims)
+
+
+def _text(value: memoryview | int) -> str:
+    return bytes(value).decode() if isinstance(value, memoryview) else ""
+
+
+def _fields(data: bytes | memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
+    """Field number and value of each field of a protobuf message: bytes, or an integer."""
+    view, place = memoryview(data), 0  # type: ignore[arg-type]
+    while place < len(view):
+        key, place = _varint(view, place)
+        match key & 7:
+            case 0:
+                value, place = _varint(view, place)
+                yield key >> 3, value
+            case 2:
+                length, place = _varint(view, place)
+                if place + length > len(view):
+                    raise ValueError("a field is longer than the file")
+                yield key >> 3, view[place : place + length]
+                place += length
+            case 1 | 5 as kind:
+                size = 8 if kind == 1 else 4
+                yield key >> 3, view[place : place + size]
+                place += size
+            case _:
+                raise ValueError("unknown kind of field")
+
+
+def _varint(view: memoryview, place: int) -> tuple[int, int]:
+    value, shift = 0, 0
+    while True:
+        byte = view[place]
+        place += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, place
+        shift += 7
+
+
+def _varints(view: memoryview) -> Iterator[int]:
+    place = 0
+    while place < len(view):
+        value, place = _varint(view, place)
+        yield value

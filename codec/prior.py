@@ -1,0 +1,78 @@
+"""The steps of the prior: one loop that encoder and decoder share, so that both see the same integers.
+
+The latent is coded in four steps. Its channels form four groups (quarters, in order), its positions four phases (2 *
+parity of the row + parity of the column); at phase p, step k codes group k XOR p. A part, the elements of one step,
+is an array (C, h/2, w/2) phase by phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hourglass.codec.runtime import Model
+
+_Number = TypeVar("_Number", bound=np.generic)
+
+STEPS = 4
+
+FINE = 16
+"""Means, and with them dequantised symbols, are in units of 1/FINE of a symbol."""
+
+Choose: TypeAlias = Callable[[int, NDArray[np.uint8], NDArray[np.int16]], NDArray[np.int16]]
+"""(step, tables, means in 1/FINE symbols) -> symbols; all three arrays are parts."""
+
+
+def walk(
+    model: Model, quality: float, z: NDArray[np.int16], height: int, width: int, choose: Choose
+) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """Run the prior step by step; `choose` makes each part's symbols, by rounding or from a file.
+
+    z: symbols of the hyper-latent (Z, h, w). height, width: rows and columns of the latent that are coded; those
+    behind them, up to 4 h and 4 w, have symbols 0 and are worth their means. Returns the symbols (C, height, width) and
+    the dequantised latent times gain in 1/FINE symbols (C, 4 h, 4 w) float32, exact.
+    """
+    units = model.units(quality)
+    channels = model.latent.channels
+    shape = (channels, 4 * z.shape[1], 4 * z.shape[2])
+    symbols = np.empty(shape, np.int16)
+    known = np.zeros(shape, np.int16)
+    latent = np.empty(shape, np.float32)
+    features = model.no_features
+    for step in range(STEPS):
+        level, mean, features = model.step(step, z, known, features, units)
+        table = model.level_tables[level]
+        for part, (_, rows, columns) in zip(np.split(table, 4), places(channels, step), strict=True):
+            part[:, -((rows.start - height) // 2) :] = 0
+            part[:, :, -((columns.start - width) // 2) :] = 0
+        chosen = choose(step, table, mean)
+        fine = chosen.astype(np.int32)
+        fine *= FINE
+        fine += mean
+        scatter(chosen, symbols, step)
+        scatter(fine, latent, step)
+        if step + 1 < STEPS:
+            scatter(np.clip(fine, -32767, 32767, out=fine), known, step)
+    return symbols[:, :height, :width], latent
+
+
+def places(channels: int, step: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Channels, rows and columns that `step` codes, for each phase."""
+    size = channels // 4
+    for phase in range(4):
+        group = step ^ phase
+        yield slice(group * size, (group + 1) * size), slice(phase // 2, None, 2), slice(phase % 2, None, 2)
+
+
+def scatter(part: NDArray[Any], whole: NDArray[Any], step: int) -> None:
+    """Put a part at its places in an array (C, h, w)."""
+    for values, place in zip(np.split(part, 4), places(len(whole), step), strict=True):
+        whole[place] = values
+
+
+def gather(whole: NDArray[_Number], step: int) -> NDArray[_Number]:
+    """The part of an array (C, h, w) that `step` codes."""
+    return np.concatenate([whole[place] for place in places(len(whole), step)])

@@ -1,0 +1,166 @@
+"""From latents to symbols: rounding, and the encoder's search for the smallest file. No decoder knows of it.
+
+fast: plain rounding. default: symbols whose bits cost more than the error that they mend move towards zero (rate-
+distortion optimised quantisation). best: before that, the latent itself goes downhill on rate + lambda * squared error
+of the decoded picture, with the gradient of the synthesis transform from gradient.onnx, step by step, as long as the
+sum falls (after Yang, Bamler and Mandt, "Improving inference for neural image compression", 2020, with plain rounding
+in place of annealing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hourglass.codec import entropy, prior
+from hourglass.codec.runtime import Model
+
+Effort: TypeAlias = Literal["fast", "default", "best"]
+"""How hard the encoder looks for the smallest file; the decoder neither knows nor cares."""
+
+Part: TypeAlias = tuple[NDArray[np.int16], NDArray[np.uint8]]
+"""Symbols and their tables."""
+
+_WORTH, _HYPER_WORTH = 22.0, 4.0
+"""Bits that one squared step of error in a symbol of the latent, of the hyper-latent is worth; measured, see
+train/NOTES.md."""
+
+_NEAR = 3
+"""Symbols up to this magnitude may move towards 0."""
+
+_TURNS = 10
+"""Steps that `best` tries."""
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """A picture (H, W, 3) uint8 and what the analysis transforms make of it; they know nothing of quality."""
+
+    model: Model
+    pixels: NDArray[np.uint8]
+    latent: NDArray[np.float32]
+    hyper: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """A picture as integers.
+
+    y, z: the code tensors. parts: symbols and tables in the order coded. latent: the latent times gain, dequantised, in
+    1/16 symbols, padded. levels, rest: for each step of the prior the scales and the latent less its mean.
+    """
+
+    y: NDArray[np.int16]
+    z: NDArray[np.int16]
+    parts: list[Part]
+    latent: NDArray[np.float32]
+    rest: list[NDArray[np.float32]]
+
+
+def quantise(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
+    """Gain, prior, rounding. quality: as the file stores it."""
+    return _best(analysed, quality) if effort == "best" else _once(analysed, quality, effort)
+
+
+def dequantise(model: Model, quality: float, latent: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What `Symbols.latent` stands for, before synthesis: (C, h, w)."""
+    return latent * (model.inverse_gain(quality) * np.float32(1 / prior.FINE))[:, None, None]
+
+
+def hyper_tables(model: Model, quality: float, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The table of each symbol of the hyper-latent."""
+    return np.broadcast_to(model.hyper_tables(quality)[:, None, None], shape)
+
+
+def _once(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
+    model = analysed.model
+    hyper = analysed.hyper * model.hyper_gain(quality)[:, None, None]
+    tables = hyper_tables(model, quality, hyper.shape)
+    z = _rounded(hyper, tables, model)
+    if effort != "fast":
+        _drop(z, hyper, tables, model, _HYPER_WORTH)
+    parts: list[Part] = [(z, tables)]
+    rests = []
+    scaled = analysed.latent * model.gain(quality)[:, None, None]
+
+    def choose(step: int, tables: NDArray[np.uint8], mean: NDArray[np.int16]) -> NDArray[np.int16]:
+        rest = prior.gather(scaled, step)
+        rest -= mean * np.float32(1 / prior.FINE)
+        symbols = _rounded(rest, tables, model)
+        if effort != "fast":
+            _drop(symbols, rest, tables, model, _WORTH)
+        parts.append((symbols, tables))
+        rests.append(rest)
+        return symbols
+
+    height, width = analysed.pixels.shape[:2]
+    _, rows, columns = model.latent.shape(width, height)
+    y, latent = prior.walk(model, quality, z, rows, columns, choose)
+    return Symbols(y, z, parts, latent, rests)
+
+
+def _rounded(values: NDArray[np.float32], tables: NDArray[np.uint8], model: Model) -> NDArray[np.int16]:
+    """Symbols; sure zeros are 0."""
+    symbols = np.clip(np.rint(values), -32767, 32767).astype(np.int16)
+    symbols[model.tables.sure_zero[tables]] = 0
+    return symbols
+
+
+def _drop(
+    symbols: NDArray[np.int16], rest: NDArray[np.float32], tables: NDArray[np.uint8], model: Model, worth: float
+) -> None:
+    """Rate-distortion optimised quantisation, in place: a symbol moves one step towards 0 where that pays."""
+    flat, tables, rest = symbols.reshape(-1), tables.reshape(-1), rest.reshape(-1)
+    places = np.flatnonzero(flat)
+    places = places[abs(flat[places]) <= _NEAR]
+    symbol, table, wanted = flat[places], tables[places], rest[places]
+    nearer = symbol - np.sign(symbol)
+    costs = model.costs(_NEAR)
+    saved = costs[table, symbol + _NEAR] - costs[table, nearer + _NEAR]
+    worse = (wanted - nearer) ** 2 - (wanted - symbol) ** 2
+    flat[places] = np.where(saved > worth * worse, nearer, symbol)
+
+
+def _best(analysed: Analysed, quality: float) -> Symbols:
+    """The better of every step that was tried, by bits + lambda * squared error."""
+    model = analysed.model
+    weight = model.weight_of_error(quality) / 3  # of the error summed over red, green and blue
+    gain = model.gain(quality)[:, None, None]
+
+    def judge(latent: NDArray[np.float32]) -> tuple[float, Symbols, NDArray[np.float32]]:
+        """The sum to make small, the symbols, and the direction in which it grows, in symbols."""
+        symbols = _once(replace(analysed, latent=latent), quality, "default")
+        error, slope = model.error_slope(dequantise(model, quality, symbols.latent), analysed.pixels)
+        slope *= weight * model.inverse_gain(quality)[:, None, None]
+        slope += _rate_slope(symbols, model)
+        bits = sum(entropy.ideal_bits(*part, model.tables) for part in symbols.parts)
+        return bits + weight * error, symbols, slope
+
+    latent, length = analysed.latent, 0.3
+    total, best, slope = judge(latent)
+    for _ in range(_TURNS):
+        # A squared step of a symbol is worth _WORTH bits, half the curvature: `length` damps a Newton step.
+        tried = latent - np.clip(slope * np.float32(length / (2 * _WORTH)), -0.3, 0.3) / gain
+        tried_total, symbols, tried_slope = judge(tried)
+        if tried_total < total:
+            latent, total, best, slope = tried, tried_total, symbols, tried_slope
+            length *= 1.2
+        else:
+            length *= 0.4
+    return best
+
+
+def _rate_slope(symbols: Symbols, model: Model) -> NDArray[np.float32]:
+    """How the bits of the latent's symbols grow with it, tables held: (C, h, w) bits for each step of a symbol."""
+    reach = 15
+    costs = model.costs(reach)
+    out = np.zeros(symbols.latent.shape, np.float32)
+    for step, ((_, tables), rest) in enumerate(zip(symbols.parts[1:], symbols.rest, strict=True)):
+        below = np.clip(np.floor(rest), -reach, reach - 1).astype(np.intp) + reach
+        slope = np.clip(costs[tables, below + 1] - costs[tables, below], -15, 15)
+        slope[model.tables.sure_zero[tables] | (abs(rest) > reach)] = 0
+        prior.scatter(slope, out, step)
+    return out

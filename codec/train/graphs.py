@@ -1,0 +1,424 @@
+"""The three ONNX graphs of a model: encoder.onnx, prior.onnx, decoder.onnx.
+
+Encoder and decoder are traced from the network. The prior is written node by node: integer weights as int8, a branch
+for each step, and nothing but operators that are exact on the integers that they get (see `prior`).
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
+from torch.nn import functional as F
+
+from hourglass.codec.train import prior as integers
+from hourglass.codec.train.network import Hourglass
+from hourglass.codec.train.prior import HYPER, KNOWN, LADDER, PER_OCTAVE, Depthwise, IntegerLayer, Prior, Range
+
+_OPSET = 18
+_INT16 = 32767
+_PART = (1, "channels", "half_height", "half_width")
+
+
+class EncoderGraph(nn.Module):
+    """image (1, H, W, 3) uint8, H and W multiples of 64 -> latent (1, C, H/16, W/16), hyper (1, Z, H/64, W/64)."""
+
+    def __init__(self, net: Hourglass) -> None:
+        super().__init__()
+        self.analysis = copy.deepcopy(net.analysis)
+        self.hyper_analysis = copy.deepcopy(net.hyper_analysis)
+        with torch.no_grad():
+            self.analysis.to_trunk.weight /= 255  # samples stay 0..255: one pass over the picture less
+            self.hyper_analysis.narrow.weight *= torch.exp2(-net.prior.log_unit / integers.OCTAVE)[:, None, None]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        _, height, width, _ = image.shape
+        d = image.reshape(1, height // 8, 8, width // 8, 8, 3).permute(0, 5, 2, 4, 1, 3)
+        y = self.analysis.from_depth(d.reshape(1, 192, height // 8, width // 8).float())
+        return y, self.hyper_analysis(y)
+
+
+class DecoderGraph(nn.Module):
+    """latent (1, C, h, w) float32 -> image (1, 16 h, 16 w, 3) uint8."""
+
+    def __init__(self, net: Hourglass) -> None:
+        super().__init__()
+        self.synthesis = copy.deepcopy(net.synthesis)
+        last = self.synthesis.from_trunk
+        with torch.no_grad():
+            last.weight *= 255
+            assert last.bias is not None
+            last.bias.mul_(255).add_(0.5)  # the cast below truncates
+
+    def forward(self, latent: Tensor) -> Tensor:
+        d = self.synthesis.to_depth(latent).clamp(0, 255).to(torch.uint8)
+        _, _, h, w = d.shape
+        return d.reshape(1, 3, 8, 8, h, w).permute(0, 4, 2, 5, 3, 1).reshape(1, 8 * h, 8 * w, 3)
+
+
+class GradientGraph(nn.Module):
+    """latent (1, C, h, w), image (1, 16 h, 16 w, 3) uint8 -> squared error of the decoded picture, and its gradient.
+
+    The error is summed over the samples where `inside` (1, 16 h, 16 w, 1) is 1 and not 0, on the 0..255 scale; the
+    gradient has the shape of the latent. The backward pass is written out: a graph of ordinary operators, for a search
+    on the encoder's side without PyTorch.
+    """
+
+    def __init__(self, net: Hourglass) -> None:
+        super().__init__()
+        self.synthesis = net.synthesis
+
+    def forward(self, latent: Tensor, image: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        net = self.synthesis
+        x, inner = latent, []  # what each SiLU took
+        for block in net.coarse:
+            x, before = self._through(block, x)
+            inner.append(before)
+        x = F.pixel_shuffle(net.from_latent(x), 2)
+        for block in net.fine:
+            x, before = self._through(block, x)
+            inner.append(before)
+        decoded = net.from_trunk(net.overlap(x)) * 255
+        _, _, h, w = decoded.shape
+        wanted, counted = (
+            value.reshape(1, h, 8, w, 8, -1).permute(0, 5, 2, 4, 1, 3).float() for value in (image, inside)
+        )
+        error = (decoded.clamp(0, 255).reshape(1, 3, 8, 8, h, w) - wanted) * counted
+        error = error.reshape(1, 192, h, w)
+        # As in training the gradient passes the clip: a sample beyond the range is pushed back.
+        g = F.conv_transpose2d(error * (2 * 255), net.from_trunk.weight)
+        g = F.conv_transpose2d(g, net.overlap.weight, padding=1, groups=len(net.overlap.weight))
+        for block in reversed(net.fine):
+            g = self._back(block, g, inner.pop())
+        g = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_latent.weight)
+        for block in reversed(net.coarse):
+            g = self._back(block, g, inner.pop())
+        return error.square().sum(), g
+
+    @staticmethod
+    def _through(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        before = block.expand(block.depthwise(x))
+        return x + block.project(F.silu(before)), before
+
+    @staticmethod
+    def _back(block: Any, g: Tensor, before: Tensor) -> Tensor:
+        s = before.sigmoid()
+        inside = F.conv_transpose2d(g, block.project.weight) * (s + before * s * (1 - s))
+        inside = F.conv_transpose2d(inside, block.expand.weight)
+        return g + F.conv_transpose2d(inside, block.depthwise.weight, padding=1, groups=len(block.depthwise.weight))
+
+
+def write(net: Hourglass, folder: Path) -> None:
+    """encoder.onnx, prior.onnx, decoder.onnx and gradient.onnx, for pictures of any size."""
+    image, latent = torch.zeros(1, 64, 128, 3, dtype=torch.uint8), torch.zeros(1, net.shape.latent, 4, 8)
+    pixels, positions = {1: "height", 2: "width"}, {2: "rows", 3: "columns"}
+    _trace(EncoderGraph(net), {"image": image}, folder / "encoder.onnx", {"image": pixels}, ["latent", "hyper"])
+    _trace(DecoderGraph(net), {"latent": latent}, folder / "decoder.onnx", {"latent": positions}, ["image"])
+    both = {"latent": latent, "image": image, "inside": image[..., :1]}
+    free = {"latent": positions, "image": pixels, "inside": pixels}
+    _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
+    onnx.save(prior(net.prior), folder / "prior.onnx")
+
+
+def _trace(
+    graph: nn.Module, samples: dict[str, Tensor], path: Path, axes: dict[str, dict[int, str]], outputs: list[str]
+) -> None:
+    with warnings.catch_warnings():
+        # torch is pinned; its newer exporter needs a further package and cannot keep H and W free here.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=TracerWarning)
+        torch.onnx.export(
+            graph.eval(),
+            tuple(samples.values()),
+            str(path),
+            input_names=list(samples),
+            output_names=outputs,
+            dynamic_axes=axes,
+            opset_version=_OPSET,
+            dynamo=False,
+        )
+
+
+class _Nodes:
+    """Nodes and constants of one graph (or branch) in the making."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def add(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        output = name or f"{self.prefix}{operator}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def constant(self, value: NDArray[Any]) -> str:
+        name = f"{self.prefix}c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def number(self, value: float) -> str:
+        return self.constant(np.array(value, np.float32))
+
+    def clip(self, x: str, low: float, high: float) -> str:
+        return self.add("Clip", x, self.number(low), self.number(high))
+
+    def convolve(self, name: str, x: str, weight: Tensor, bias: Tensor | None, **attributes: Any) -> str:
+        """Convolution with integer weights (O, I, k, k), stored as int8, and bias, stored as int32."""
+        inputs = [x, self.add("Cast", self.constant(_exact(weight, np.int8)), to=TensorProto.FLOAT)]
+        if bias is not None:
+            inputs.append(self.add("Cast", self.constant(_exact(bias, np.int32)), to=TensorProto.FLOAT))
+        return self.add("Conv", *inputs, name=self.prefix + name, **attributes)
+
+    def requantise(self, total: str, factor: Tensor, after: Range) -> str:
+        scale = self.constant(factor.detach().numpy().astype(np.float32)[:, None, None])
+        return self.clip(self.add("Floor", self.add("Mul", total, scale)), after.low, after.high)
+
+    def layer(self, name: str, x: str, layer: IntegerLayer) -> str:
+        """A pointwise or depthwise layer."""
+        weight, bias, factor = layer.integers()
+        attributes: dict[str, Any] = {}
+        if isinstance(layer, Depthwise):
+            pad = weight.shape[2] // 2
+            attributes = {"group": len(weight), "pads": [pad] * 4}
+        else:
+            weight = weight[:, :, None, None]
+        return self.requantise(self.convolve(name, x, weight, bias, **attributes), factor, layer.after)
+
+    def per_phase(self, name: str, phases: list[str], layer: IntegerLayer) -> str:
+        """A layer with weights of its own for each phase, on the phases of its input."""
+        weight, bias, factor = layer.integers()
+        parts = [
+            self.convolve(f"{name}.{p}", x, w[:, :, None, None], b)
+            for p, (x, w, b) in enumerate(zip(phases, weight.chunk(4), bias.chunk(4), strict=True))
+        ]
+        return self.requantise(self.add("Concat", *parts, axis=1), factor, layer.after)
+
+    def phase(self, x: str, p: int) -> str:
+        """Every second row and column, from those of phase p."""
+        start, end = np.array([p // 2, p % 2]), np.array([2**31, 2**31])
+        arguments = (start, end, np.array([2, 3]), np.array([2, 2]))
+        return self.add("Slice", x, *(self.constant(a.astype(np.int64)) for a in arguments))
+
+    def depthwise_part(self, name: str, x: str, layer: Depthwise, step: int) -> str:
+        """What a 3x3 depthwise layer gives for the elements that `step` codes, and only these."""
+        weight, bias, factor = layer.integers()
+        size = len(weight) // 4
+        parts, factors = [], []
+        for p in range(4):
+            g = integers.group_of(step, p) * size
+            bounds = (np.array([g]), np.array([g + size]), np.array([1]))
+            group = self.add("Slice", x, *(self.constant(a.astype(np.int64)) for a in bounds))
+            # Rows 2 i + p // 2 and columns 2 j + p % 2 are the centres: a stride of 2 from a shifted padding.
+            pads = [1 - p // 2, 1 - p % 2, p // 2, p % 2]
+            own = slice(g, g + size)
+            centres: dict[str, Any] = {"group": size, "strides": [2, 2], "pads": pads}
+            parts.append(self.convolve(f"{name}.{p}", group, weight[own], bias[own], **centres))
+            factors.append(factor[own])
+        return self.requantise(self.add("Concat", *parts, axis=1), torch.cat(factors), layer.after)
+
+    def enlarge(self, x: str) -> str:
+        return self.add("DepthToSpace", x, blocksize=2, mode="DCR")
+
+    def rounded(self, x: str, limit: int) -> str:
+        """floor(x + 1/2), clipped to -limit..limit."""
+        return self.clip(self.add("Floor", self.add("Add", x, self.number(0.5))), -limit, limit)
+
+
+def _exact(value: Tensor, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
+    array: NDArray[Any] = value.detach().numpy()
+    converted = array.astype(dtype)
+    if (converted != array).any():
+        raise ValueError(f"not integers that fit {dtype.__name__}")
+    return converted
+
+
+def prior(net: Prior) -> onnx.ModelProto:
+    """prior.onnx: what is decoded so far -> tables and means of the elements that `step` codes.
+
+    Inputs, all integers (in float32 but for z, known and step):
+      step (): 0 to 3.
+      z (1, Z, h/4, w/4) int16: symbols of the hyper-latent. hyper_unit (Z, 1, 1): HYPER units per symbol.
+      quality (1, anchors, 1, 1): weights of the anchors, in 0..32.
+      features_before: `features` as step 0 gave them; (1, F, 1, 1) zeros at step 0.
+      known (1, C, h, w) int16: the latent so far in 1/16 symbols, 0 where unknown; h and w multiples of 4.
+      known_unit (C, 1, 1): KNOWN units per 1/16 symbol.
+      mean_unit (C, 1, 1): 1/16 symbols per MEAN unit, and level_offset (C, 1, 1), in the order of the step.
+    Outputs:
+      level (1, C, h/2, w/2) uint8, phase by phase: 0..63, the scale of the ladder.
+      mean (1, C, h/2, w/2) int16, phase by phase: 1/16 symbols.
+      features (1, F, h, w): what hyper-synthesis makes of z and quality, the same at every step.
+
+    The `_unit`s are integers of at most 9 bits times powers of two.
+    """
+    main = _Nodes("")
+    channels = net.widen.fan_in - net.anchors
+    features = "features"
+    kept = _Nodes("kept.")
+    first = main.add("Equal", "step", main.constant(np.array(0, np.int64)))
+    compute, keep = _hyper_synthesis(net, channels), _graph(kept, [kept.add("Identity", "features_before")])
+    main.nodes.append(helper.make_node("If", [first], [features], then_branch=compute, else_branch=keep))
+    scaled = main.add("Mul", main.add("Cast", "known", to=TensorProto.FLOAT), "known_unit")
+    known = main.rounded(scaled, KNOWN.high)
+    steps = [_branch(step, features, known) for step in net.steps if isinstance(step, integers.Step)]
+    pairs = []
+    for pair in (0, 2):
+        inner = _Nodes(f"steps{pair}.")
+        first = inner.add("Equal", "step", inner.constant(np.array(pair, np.int64)))
+        outputs = [f"steps{pair}.mean", f"steps{pair}.level"]
+        inner.nodes.append(
+            helper.make_node("If", [first], outputs, then_branch=steps[pair], else_branch=steps[pair + 1])
+        )
+        pairs.append(_graph(inner, outputs))
+    early = main.add("Less", "step", main.constant(np.array(2, np.int64)))
+    main.nodes.append(
+        helper.make_node("If", [early], ["raw_mean", "raw_level"], then_branch=pairs[0], else_branch=pairs[1])
+    )
+    mean = main.rounded(main.add("Mul", "raw_mean", "mean_unit"), _INT16)
+    main.add("Cast", mean, to=TensorProto.INT16, name="mean")
+    level = main.add("Add", main.add("Mul", "raw_level", main.number(PER_OCTAVE)), "level_offset")
+    level = main.add("Floor", main.add("Mul", level, main.number(1 / integers.OCTAVE)))
+    main.add("Cast", main.clip(level, 0, LADDER - 1), to=TensorProto.UINT8, name="level")
+    latent = len(net.log_unit)
+    entries = [
+        ("step", TensorProto.INT64, ()),
+        ("z", TensorProto.INT16, (1, channels, "z_height", "z_width")),
+        ("hyper_unit", TensorProto.FLOAT, (channels, 1, 1)),
+        ("quality", TensorProto.FLOAT, (1, net.anchors, 1, 1)),
+        ("features_before", TensorProto.FLOAT, (1, net.spread2.outputs, "features_height", "features_width")),
+        ("known", TensorProto.INT16, (1, latent, "height", "width")),
+        *((name, TensorProto.FLOAT, (latent, 1, 1)) for name in ("known_unit", "mean_unit", "level_offset")),
+    ]
+    graph = helper.make_graph(
+        main.nodes,
+        "prior",
+        [helper.make_tensor_value_info(*entry) for entry in entries],
+        [
+            helper.make_tensor_value_info("level", TensorProto.UINT8, _PART),
+            helper.make_tensor_value_info("mean", TensorProto.INT16, _PART),
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, (1, net.spread2.outputs, "rows", "columns")),
+        ],
+        main.constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=9)
+    onnx.checker.check_model(model)
+    return model
+
+
+def _hyper_synthesis(net: Prior, channels: int) -> onnx.GraphProto:
+    """z and quality -> features."""
+    nodes = _Nodes("hyper.")
+    z = nodes.rounded(nodes.add("Mul", nodes.add("Cast", "z", to=TensorProto.FLOAT), "hyper_unit"), HYPER.high)
+    weight, bias, factor = net.widen.integers()
+    from_z = nodes.convolve("widen.z", z, weight[:, :channels, None, None], bias)
+    from_quality = nodes.convolve("widen.quality", "quality", weight[:, channels:, None, None], None)
+    wide = nodes.requantise(nodes.add("Add", from_z, from_quality), factor, net.widen.after)
+    middle = nodes.layer("spread", nodes.enlarge(wide), net.spread)
+    return _graph(
+        nodes, [nodes.layer("spread2", nodes.enlarge(nodes.layer("widen2", middle, net.widen2)), net.spread2)]
+    )
+
+
+def _branch(step: integers.Step, features: str, known: str) -> onnx.GraphProto:
+    number = step.step
+    nodes = _Nodes(f"step{number}.")
+    inputs = nodes.add("Concat", features, nodes.layer("spatial", known, step.spatial), axis=1) if number else features
+    hidden = nodes.layer("deepen", nodes.layer("mix", inputs, step.mix), step.deepen)
+    phases = [nodes.phase(hidden, p) for p in range(4)]
+    mean = nodes.per_phase("mean", phases, step.mean)
+    if number:
+        mean = nodes.add("Add", mean, nodes.depthwise_part("direct", known, step.direct, number))
+    return _graph(nodes, [mean, nodes.per_phase("scale", phases, step.scale)])
+
+
+def _graph(nodes: _Nodes, outputs: list[str]) -> onnx.GraphProto:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, _PART) for name in outputs]
+    return helper.make_graph(nodes.nodes, f"branch{nodes.prefix}", [], values, nodes.constants)
+
+
+class PriorGraph(nn.Module):
+    """The same integers as prior.onnx from the trained layers, in the precision of its inputs; the tests compare.
+
+    It computes the features itself, at every step.
+    """
+
+    def __init__(self, net: Prior) -> None:
+        super().__init__()
+        self.net = net
+
+    @torch.no_grad()
+    def forward(self, step: int, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The inputs of prior.onnx but `step` -> level, mean (1, C, h/2, w/2)."""
+        net = self.net
+
+        def last(x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1)
+
+        z = (last(inputs["z"] * inputs["hyper_unit"]) + 0.5).floor().clamp(-HYPER.high, HYPER.high)
+        features = net.features(z, inputs["quality"][:, :, 0, 0])
+        known = (last(inputs["known"] * inputs["known_unit"]) + 0.5).floor().clamp(-KNOWN.high, KNOWN.high)
+        mean, scale = net.steps[step](features, known if step else None)
+        mean, scale = mean.permute(0, 3, 1, 2), scale.permute(0, 3, 1, 2)
+        mean = (mean * inputs["mean_unit"] + 0.5).floor().clamp(-_INT16, _INT16)
+        level = ((scale * PER_OCTAVE + inputs["level_offset"]) / integers.OCTAVE).floor().clamp(0, LADDER - 1)
+        return level, mean
+
+
+def kmacs(folder: Path) -> dict[str, float]:
+    """Thousands of multiplications with additions for each pixel: analysis, prior (its four steps), synthesis."""
+    names = {"analysis": "encoder.onnx", "prior": "prior.onnx", "synthesis": "decoder.onnx"}
+    return {name: round(sum(macs_per_pixel(folder / file).values()) / 1000, 3) for name, file in names.items()}
+
+
+def macs_per_pixel(path: Path) -> dict[str, float]:
+    """Multiplications with additions for each pixel of the picture, counted from the shapes in an ONNX file.
+
+    All matrix products and convolutions of the graph; of a prior.onnx, which runs four times for a picture, the sum
+    of its four steps. Returned by name of the layer.
+    """
+    side = 256
+    strides = {"image": 1, "latent": 16, "known": 16, "features_before": 16, "z": 64}
+    options = ort.SessionOptions()
+    # With sizes fixed, onnxruntime computes every shape; it fuses nothing that would change a count.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    for entry in onnx.load(path).graph.input:
+        for dimension in entry.type.tensor_type.shape.dim:
+            if dimension.dim_param:
+                options.add_free_dimension_override_by_name(dimension.dim_param, side // strides[entry.name])
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "fixed.onnx")
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        graph = onnx.shape_inference.infer_shapes(onnx.load(options.optimized_model_filepath)).graph
+    runs = 4 if any(node.op_type == "If" for node in graph.node) else 1
+    counts: dict[str, float] = {}
+    _count_macs(graph, {}, runs, side**2, counts)
+    return counts
+
+
+def _count_macs(
+    graph: onnx.GraphProto, shapes: dict[str, list[int]], runs: int, pixels: int, counts: dict[str, float]
+) -> None:
+    shapes = dict(shapes)
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        shapes[value.name] = [d.dim_value for d in value.type.tensor_type.shape.dim]
+    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _count_macs(attribute.g, shapes, 1, pixels, counts)  # each branch is taken once
+        if node.op_type == "Conv":
+            weight, output = shapes[node.input[1]], shapes[node.output[0]]
+            counts[node.name] = runs * float(np.prod(output)) * float(np.prod(weight[1:])) / pixels
+        elif node.op_type in ("MatMul", "Gemm", "ConvTranspose"):
+            raise NotImplementedError(f"{node.op_type} is not counted yet")

@@ -1,0 +1,304 @@
+"""The prior: hyper-latent and what is decoded so far -> mean and scale of the next part of the latent, in integers.
+
+All that decides which probability table a symbol is coded with must come out the same on every machine. So every
+number in here is an integer carried in float32, and every partial sum stays below 2**24 in magnitude: each is exact,
+and neither the order of a summation nor FMA, SIMD width, threads or kernel can change a bit. Between layers an
+accumulator is multiplied by a power of two, rounded down and clipped, all exact. Training sees the same integers
+(fake quantisation with straight-through gradients), so export changes nothing.
+
+The latent is decoded in four steps (after Li, Li and Lu, "Neural video compression with diverse contexts", 2023,
+section 3.3). Channels form four groups, positions four phases by the parity of row and column; at phase p step k
+codes group k XOR p. So after each step every position knows some of its channels, and every channel knows some
+of its neighbours.
+
+Units: an activation stands for integer / 2**unit. The latent enters divided by each channel's deviation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STEPS = 4
+EXACT = 2**24
+"""Integers up to this magnitude are exact in float32."""
+
+OCTAVE = 256
+"""Logarithms of gains and deviations are integers in units of 1/OCTAVE of a factor of two."""
+
+FINE = 16
+"""Means are in units of 1/FINE of a symbol."""
+
+LADDER = 64
+PER_OCTAVE = 6
+LOWEST = -3.25
+"""Scale i of the ladder is 2**(LOWEST + i / PER_OCTAVE), 0.105 to 152 symbols."""
+
+WEIGHT = 127
+"""Largest magnitude of an integer weight."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Integers from `low` to `high` that stand for themselves / 2**unit."""
+
+    low: int
+    high: int
+    unit: int
+
+    @property
+    def reach(self) -> int:
+        return max(-self.low, self.high)
+
+
+HYPER = Range(-1023, 1023, 5)
+KNOWN = Range(-2047, 2047, 6)
+SIGNED = Range(-1023, 1023, 6)
+HIDDEN = Range(0, 1023, 6)
+MEAN = Range(-16383, 16383, 9)
+LOG_SCALE = Range(-8191, 8191, 8)
+
+
+class _Round(torch.autograd.Function):
+    """Round and clip; the gradient passes as if nothing had happened."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        return x.round().clamp_(low, high)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+def rounded(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """x rounded and clipped, with a straight-through gradient."""
+    out: Tensor = _Round.apply(x, low, high)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Requantise(torch.autograd.Function):
+    """clip(floor((total + bias) * factor)); the gradient ignores the floor and stops at the clip."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, bias: Tensor, factor: Tensor, low: float, high: float) -> Tensor:
+        total = total if total.dtype == torch.float64 else total.float()  # bfloat16 in mixed precision
+        out = (total + bias).mul_(factor).floor_()
+        ctx.save_for_backward((out >= low) & (out <= high), factor)
+        return out.clamp_(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        inside, factor = ctx.saved_tensors
+        grad = (grad * factor).mul_(inside)
+        return grad, grad.sum((0, 1, 2)), None, None, None
+
+
+class IntegerLayer(nn.Module):
+    """Weighted sums of integers, then a power of two, rounding and clipping to `after`; (B, h, w, C) throughout.
+
+    The trained weight (C', ...) is real; the exponent of each output channel is the largest that keeps the integer
+    weights within WEIGHT and max|x| * sum|w| + |b| below EXACT.
+    """
+
+    def __init__(self, shape: tuple[int, ...], before: Range, after: Range) -> None:
+        super().__init__()
+        self.before, self.after, self.outputs = before, after, shape[0]
+        self.fan_in = math.prod(shape[1:])
+        self.weight = nn.Parameter(torch.randn(shape) * math.sqrt(2 / self.fan_in))
+        self.bias = nn.Parameter(torch.zeros(shape[0]))
+
+    def exponents(self) -> Tensor:
+        """(C',): the integer weight is round(weight * 2**exponent)."""
+        size = self.weight.detach().abs().reshape(len(self.bias), -1)
+        room = (0.75 * EXACT / self.before.reach - 0.5 * self.fan_in) / size.sum(1).clamp(min=1e-9)
+        most = torch.minimum(WEIGHT / size.amax(1).clamp(min=1e-9), room)
+        return (torch.frexp(most).exponent - 1).clamp(max=14).to(most.dtype)
+
+    def integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight and bias as integers, and what the accumulator is multiplied by; the bias holds the rounding."""
+        exponent = self.exponents()
+        weight = self.weight * torch.exp2(exponent).reshape(-1, *[1] * (self.weight.dim() - 1))
+        weight = rounded(weight)
+        shift = exponent + (self.before.unit - self.after.unit)
+        bias = rounded(self.bias * torch.exp2(exponent + self.before.unit), -0.2 * EXACT, 0.2 * EXACT)
+        bias = bias + torch.exp2(shift - 1).floor()
+        return weight, bias, torch.exp2(-shift)
+
+    def total(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, factor = self.integers()
+        total = self.total(x, weight)
+        out: Tensor = _Requantise.apply(total, bias, factor, self.after.low, self.after.high)  # type: ignore[no-untyped-call]
+        return out
+
+
+class Pointwise(IntegerLayer):
+    """1x1 convolution: (B, h, w, C) -> (B, h, w, C')."""
+
+    def __init__(self, inputs: int, outputs: int, before: Range, after: Range) -> None:
+        super().__init__((outputs, inputs), before, after)
+
+    def total(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+class PerPhase(IntegerLayer):
+    """1x1 convolution with weights of its own for each phase: (B, h, w, C) -> (B, h/2, w/2, C'), phase by phase."""
+
+    def __init__(self, inputs: int, outputs: int, before: Range, after: Range) -> None:
+        super().__init__((outputs, inputs), before, after)
+
+    def total(self, x: Tensor, weight: Tensor) -> Tensor:
+        parts = [F.linear(x[:, p // 2 :: 2, p % 2 :: 2], part) for p, part in enumerate(weight.chunk(4))]
+        return torch.cat(parts, 3)
+
+
+class Depthwise(IntegerLayer):
+    """Depthwise convolution with zero padding: (B, h, w, C) -> (B, h, w, C)."""
+
+    def __init__(self, channels: int, kernel: int, before: Range, after: Range) -> None:
+        super().__init__((channels, 1, kernel, kernel), before, after)
+
+    def total(self, x: Tensor, weight: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        return F.conv2d(x, weight, padding=weight.shape[2] // 2, groups=len(weight)).permute(0, 2, 3, 1)
+
+
+def enlarge(x: Tensor) -> Tensor:
+    """Depth to space by 2, phase by phase: (B, h, w, 4 C) -> (B, 2 h, 2 w, C)."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h, w, 2, 2, c // 4).permute(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
+
+
+def group_of(step: int, phase: int) -> int:
+    """The channel group (a quarter, in order) that `step` codes at `phase` (2 * row parity + column parity)."""
+    return step ^ phase
+
+
+_ORDER = [4 * phase + group_of(step, phase) for step in range(STEPS) for phase in range(4)]
+_BACK = [_ORDER.index(place) for place in range(16)]
+
+
+def split(x: Tensor) -> tuple[Tensor, ...]:
+    """(B, h, w, C) -> for each step the elements that it codes: (B, h/2, w/2, C), phase by phase."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // 2, 2, w // 2, 2, 4, c // 4).permute(0, 1, 3, 2, 4, 5, 6)
+    x = x.reshape(b, h // 2, w // 2, 16, c // 4).index_select(3, torch.tensor(_ORDER, device=x.device))
+    return x.reshape(b, h // 2, w // 2, STEPS, c).unbind(3)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Inverse of `split`; zeros for the parts that are missing at the end."""
+    b, h, w, c = parts[0].shape
+    missing = [parts[0].new_zeros(b, h, w, c)] * (STEPS - len(parts))
+    x = torch.stack([*parts, *missing], 3).reshape(b, h, w, 16, c // 4)
+    x = x.index_select(3, torch.tensor(_BACK, device=x.device)).reshape(b, h, w, 2, 2, 4, c // 4)
+    return x.permute(0, 1, 3, 2, 4, 5, 6).reshape(b, 2 * h, 2 * w, c)
+
+
+class Step(nn.Module):
+    """One step: hyper features (B, h, w, F), known latent (B, h, w, C) -> mean, log scale (B, h/2, w/2, C) each.
+
+    Both as integers, for the elements that the step codes, phase by phase. Step 0 knows nothing yet.
+    """
+
+    def __init__(self, latent: int, features: int, hidden: int, step: int) -> None:
+        super().__init__()
+        self.step = step
+        if step:
+            self.spatial = Depthwise(latent, 3, KNOWN, SIGNED)
+            self.direct = Depthwise(latent, 3, KNOWN, MEAN)
+            nn.init.normal_(self.spatial.weight, std=0.2)
+            nn.init.zeros_(self.direct.weight)
+        self.mix = Pointwise(features + latent if step else features, hidden, SIGNED, HIDDEN)
+        self.deepen = Pointwise(hidden, hidden, HIDDEN, HIDDEN)
+        self.mean = PerPhase(hidden, latent, HIDDEN, MEAN)
+        self.scale = PerPhase(hidden, latent, HIDDEN, LOG_SCALE)
+        for layer in (self.mean, self.scale):
+            nn.init.normal_(layer.weight, std=1e-3)
+
+    def forward(self, features: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        if known is not None:
+            features = torch.cat([features, self.spatial(known)], 3)
+        hidden = self.deepen(self.mix(features))
+        mean: Tensor = self.mean(hidden)
+        if known is not None:
+            mean = mean + split(self.direct(known))[self.step]
+        return mean, self.scale(hidden)
+
+
+def bits_of(x: Tensor, level: Tensor) -> Tensor:
+    """Ideal code length in bits of a symbol less its mean at a level of the ladder, under a logistic density.
+
+    The tables of a shipped model are counted per level and know its true shape.
+    """
+    rate = torch.exp2(level * (-1 / PER_OCTAVE) + (math.log2(math.pi / math.sqrt(3)) - LOWEST))
+    x = x.abs()
+    p = torch.sigmoid((0.5 - x) * rate) - torch.sigmoid((-0.5 - x) * rate)
+    return -torch.log2(p.clamp(min=1e-9))
+
+
+class Prior(nn.Module):
+    """The whole prior, in integers. `log_unit` (C,): OCTAVE * log2 of each latent channel's deviation."""
+
+    def __init__(self, latent: int, hyper: int, anchors: int, features: int, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("log_unit", torch.zeros(latent))
+        self.log_unit: Tensor
+        self.anchors = anchors
+        middle = features // 2
+        self.widen = Pointwise(hyper + anchors, 4 * middle, HYPER, HIDDEN)
+        self.spread = Depthwise(middle, 3, HIDDEN, SIGNED)
+        self.widen2 = Pointwise(middle, 4 * features, SIGNED, HIDDEN)
+        self.spread2 = Depthwise(features, 3, HIDDEN, SIGNED)
+        self.steps = nn.ModuleList(Step(latent, features, hidden, step) for step in range(STEPS))
+
+    def features(self, z_hat: Tensor, hats: Tensor) -> Tensor:
+        """Hyper-synthesis: dequantised hyper-latent (B, h/4, w/4, Z), quality (B, anchors) -> (B, h, w, F)."""
+        b, h, w, _ = z_hat.shape
+        z = torch.cat([z_hat, hats[:, None, None].expand(b, h, w, -1)], 3)
+        middle = self.spread(enlarge(self.widen(z)))
+        out: Tensor = self.spread2(enlarge(self.widen2(middle)))
+        return out
+
+    def forward(self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+        """Latent times gain (B, h, w, C), the gain (B, 1, 1, C) -> the same dequantised, and ideal bits (B,).
+
+        z_hat (B, h/4, w/4, Z): dequantised hyper-latent. hats (B, anchors): quality. noisy: the rate sees uniform
+        noise, not rounding.
+        """
+        bits = scaled.new_zeros(len(scaled))
+        parts = []
+        for rest, mean, level in self.walk(scaled, gain, z_hat, hats):
+            symbols = rounded(rest)
+            counted = rest + torch.rand_like(rest) - 0.5 if noisy else symbols
+            bits = bits + bits_of(counted, level).sum((1, 2, 3))
+            parts.append(symbols + mean)
+        return join(parts), bits
+
+    def walk(
+        self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The steps as they follow each other in the decoder: latent less its mean, mean, level of the ladder.
+
+        Each is (B, h/2, w/2, C), phase by phase, the first two in symbols.
+        """
+        features = self.features(rounded(z_hat * 2**HYPER.unit, HYPER.low, HYPER.high), (hats * 2**HYPER.unit).round())
+        ratios = split((gain * torch.exp2(self.log_unit / OCTAVE)).expand(-1, 2, 2, -1))  # symbols per unit
+        known: list[Tensor] = []
+        for step, part, ratio in zip(self.steps, split(scaled), ratios, strict=True):
+            mean, log_scale = step(features, join(known) if known else None)
+            mean = mean * (ratio / 2**MEAN.unit)
+            level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (torch.log2(ratio) - LOWEST) * PER_OCTAVE
+            rest = part - mean
+            known.append(rounded((rounded(rest) + mean) * (2**KNOWN.unit / ratio), KNOWN.low, KNOWN.high))
+            yield rest, mean, rounded(level, 0, LADDER - 1)

@@ -1,0 +1,200 @@
+"""Speed, memory and cold start, beside AVIF speed 6 and WebP method 6 in the same run.
+
+    python tests/bench/speed.py FOLDER [--out speed.json] [--repeat 5]
+
+The pictures are mosaics of the photographs in FOLDER: 768x512, 2 and 12 megapixels. Encoding goes from a PPM file to a
+compressed file, decoding back to a PPM file, so that no other codec's work is measured. Each row is the median of
+interleaved repetitions in one process that may use one core or two. Peak memory and cold start are those of the whole
+command, `compress-image`, in a new process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hourglass.codec import Codec, image
+from hourglass.codec.image import list_pictures
+from hourglass.codec.runtime import DEFAULT_MODEL
+
+SIZES = {"768x512": (768, 512), "2 MP": (1632, 1224), "12 MP": (4000, 3000)}
+COMMAND = str(Path(sys.executable).with_name("compress-image"))
+
+RIVALS: dict[str, dict[str, Any]] = {
+    "AVIF speed 6": {"format": "AVIF", "quality": 60, "subsampling": "4:4:4", "speed": 6},
+    "WebP method 6": {"format": "WEBP", "quality": 75, "method": 6},
+}
+"""Settings in common use, beside Hourglass at quality 50; the sizes of the files are in the results."""
+
+
+def mosaic(paths: list[Path], width: int, height: int) -> image.Pixels:
+    pictures = [image.read(path) for path in paths]
+    pictures = [p if p.shape[1] >= p.shape[0] else p.transpose(1, 0, 2) for p in pictures]
+    side, tall = min(p.shape[1] for p in pictures), min(p.shape[0] for p in pictures)
+    columns, rows = -(-width // side), -(-height // tall)
+    cut = [pictures[i % len(pictures)][:tall, :side] for i in range(columns * rows)]
+    whole = np.concatenate([np.concatenate(cut[r * columns : (r + 1) * columns], 1) for r in range(rows)])
+    return np.ascontiguousarray(whole[:height, :width])
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(source: Path, folder: Path, repeat: int) -> dict[str, Any]:
+    """Seconds of every coder on one PPM file, and Hourglass's hops, on the cores that this process may use."""
+    codec, out = Codec(), folder / "decoded.ppm"
+
+    def encode() -> None:
+        (folder / "own").write_bytes(codec.encode(source))
+
+    def decode() -> None:
+        out.write_bytes(image.write(codec.decode(folder / "own"), "PPM"))
+
+    work: dict[tuple[str, str], Callable[[], object]] = {
+        ("Hourglass", "encode"): encode,
+        ("Hourglass", "decode"): decode,
+    }
+    for name, options in RIVALS.items():
+        file = folder / options["format"]
+        threads = {"max_threads": len(os.sched_getaffinity(0))} if options["format"] == "AVIF" else {}
+
+        def encode_rival(
+            file: Path = file, options: dict[str, Any] = options, threads: dict[str, int] = threads
+        ) -> None:
+            Image.open(source).save(file, **options, **threads)
+
+        def decode_rival(file: Path = file) -> None:
+            Image.open(file).convert("RGB").save(out)
+
+        work |= {(name, "encode"): encode_rival, (name, "decode"): decode_rival}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in work}
+    for turn in range(repeat + 1):
+        for key, call in work.items():
+            took = seconds(call)
+            if turn:  # the first loads libraries and sessions
+                times[key].append(took)
+    files = {"Hourglass": folder / "own"} | {name: folder / options["format"] for name, options in RIVALS.items()}
+    result: dict[str, Any] = {name: {"bytes": file.stat().st_size} for name, file in files.items()}
+    for (name, way), taken in times.items():
+        result[name][way] = statistics.median(taken)
+    result["hops"] = hops(codec, source, folder / "own", repeat)
+    return result
+
+
+def hops(codec: Codec, source: Path, file: Path, repeat: int) -> dict[str, float]:
+    """Median seconds of each part of encode and decode."""
+    model = codec._model(codec.model)
+    pixels = image.read(source)
+    analysed = codec._transform(pixels)
+    coded = codec._quantise(analysed, 50, "default")
+    data = file.read_bytes()
+    decoded = codec._unpack(data)
+    parts: dict[str, Callable[[], object]] = {
+        "read the picture": lambda: image.read(source),
+        "analysis": lambda: model.analyse(pixels),
+        "prior and quantisation": lambda: codec._quantise(analysed, 50, "default"),
+        "entropy coding": lambda: codec._pack(coded),
+        "entropy decoding and prior": lambda: codec._unpack(data),
+        "synthesis": lambda: codec._synthesise(decoded),
+        "write the picture": lambda: image.write(pixels, "PPM"),
+    }
+    return {name: statistics.median(seconds(call) for _ in range(repeat)) for name, call in parts.items()}
+
+
+def command(arguments: list[str | Path]) -> tuple[float, float]:
+    """Seconds and peak megabytes of one command in a new process."""
+    started = time.perf_counter()
+    process = subprocess.Popen([COMMAND, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    took = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"compress-image ended with {process.returncode}")
+    return took, usage.ru_maxrss / 1024
+
+
+def child(cores: int, source: Path, folder: Path, repeat: int) -> dict[str, Any]:
+    """`measure` in a process that may use `cores` cores."""
+    program = f"""
+import json, os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])
+import speed
+from pathlib import Path
+print(json.dumps(speed.measure(Path({str(source)!r}), Path({str(folder)!r}), {repeat})))
+"""
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    rows, memory = [], {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, (width, height) in SIZES.items():
+            source = folder / "source.ppm"
+            source.write_bytes(image.write(mosaic(list_pictures(options.folder), width, height), "PPM"))
+            for cores in range(1, min(2, len(os.sched_getaffinity(0))) + 1):
+                measured = child(cores, source, folder, max(3, options.repeat if width < 4000 else options.repeat // 2))
+                rows.append({"picture": name, "pixels": width * height, "cores": cores, **measured})
+                show(rows[-1])
+            file = folder / "photo.hgc"
+            runs = [command([source, "-fo", file]) for _ in range(3)]
+            back = [command(["-d", file, "-fo", folder / "back.ppm"]) for _ in range(3)]
+            memory[name] = {
+                "encode_seconds": statistics.median(took for took, _ in runs),
+                "decode_seconds": statistics.median(took for took, _ in back),
+                "encode_megabytes": max(peak for _, peak in runs),
+                "decode_megabytes": max(peak for _, peak in back),
+            }
+            print(f"compress-image, {name}, new process:", {k: round(v, 2) for k, v in memory[name].items()})
+    results = {
+        "model": DEFAULT_MODEL,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "versions": {name: version(name) for name in ("pillow", "onnxruntime", "constriction", "numpy")},
+        "rows": rows,
+        "command": memory,
+    }
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"\n{row['picture']}, {row['cores']} core(s), MP/s:")
+    for name in ("Hourglass", *RIVALS):
+        speeds = {way: row["pixels"] / 1e6 / row[name][way] for way in ("encode", "decode")}
+        ratio = {way: row[name][way] / row["Hourglass"][way] for way in speeds}
+        bpp = row[name]["bytes"] * 8 / row["pixels"]
+        print(
+            f"  {name:<14} {bpp:.3f} bpp   encode {speeds['encode']:7.2f}   decode {speeds['decode']:7.2f}"
+            f"   Hourglass is {ratio['encode']:.2f} x and {ratio['decode']:.3f} x as fast"
+        )
+    print("  " + ", ".join(f"{name} {1000 * took:.0f} ms" for name, took in row["hops"].items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The prior gives the same integers whatever computes it, and so a file decodes to the same symbols everywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from hourglass.codec import Codec, errors, exactness, image, runtime
+from hourglass.codec.train.export import load_checkpoint
+from hourglass.codec.train.graphs import PriorGraph, kmacs
+
+MODEL = runtime.ZOO / runtime.DEFAULT_MODEL
+PRIOR = MODEL / "prior.onnx"
+WEIGHTS = Path(runtime.__file__).parent / "train" / "weights" / f"{runtime.DEFAULT_MODEL}.pt"
+IMAGES = Path(__file__).parent / "images"
+
+LEVELS = [
+    ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+]
+SHAPES = [(1, 1), (1, 7), (5, 2), (8, 12), (16, 16)]
+"""Of tiles, in positions of the hyper-latent: 64 pixels a side each."""
+
+Inputs = dict[str, NDArray[Any]]
+
+
+def _inputs(shape: tuple[int, int], step: int, quality: float, seed: int = 0) -> Inputs:
+    """What the runtime gives prior.onnx, with symbols far wilder than a picture's."""
+    model = runtime.Model(runtime.DEFAULT_MODEL)
+    rng = np.random.default_rng([*shape, step, seed])
+    height, width = shape
+    z = rng.normal(0, rng.choice([1, 20, 3000]), (model.hyper.channels, height, width))
+    known = rng.normal(0, 1, (model.latent.channels, 4 * height, 4 * width)) * 2 ** rng.uniform(
+        0, 16, (model.latent.channels, 1, 1)
+    )
+    captured: Inputs = {}
+
+    def run(_file: str, inputs: Inputs) -> list[NDArray[Any]]:
+        captured.update(inputs)
+        return [np.zeros((1, 1)), np.zeros((1, 1)), np.zeros((1, 1))]
+
+    model._run = run  # type: ignore[method-assign]
+    as_int16 = [np.clip(np.rint(values), -32768, 32767).astype(np.int16) for values in (z, known)]
+    features = model.no_features
+    if step:  # what step 0 gives
+        plain = _onnxruntime(LEVELS[0], 1)
+        model.step(0, as_int16[0], as_int16[1], features, model.units(quality))
+        features = plain(captured)[2]
+    model.step(step, as_int16[0], as_int16[1], features, model.units(quality))
+    return captured
+
+
+def _onnxruntime(level: Any, threads: int) -> Callable[[Inputs], list[NDArray[Any]]]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(PRIOR, options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, inputs)
+
+
+@pytest.fixture(scope="module")
+def torch_prior() -> PriorGraph:
+    net, _ = load_checkpoint(WEIGHTS)
+    return PriorGraph(net.prior)
+
+
+def _torch(prior: PriorGraph, inputs: Inputs, dtype: torch.dtype) -> list[NDArray[Any]]:
+    tensors = {name: torch.from_numpy(value).to(dtype) for name, value in inputs.items() if name != "step"}
+    level, mean = prior.to(dtype)(int(inputs["step"]), tensors)
+    return [level.numpy().astype(np.uint8), mean.numpy().astype(np.int16)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[tuple[Inputs, list[NDArray[Any]]]]:
+    """Inputs for every step and tile shape, and what onnxruntime makes of them without any optimisation."""
+    plain = _onnxruntime(LEVELS[0], 1)
+    cases = [_inputs(shape, step, quality) for shape, quality in zip(SHAPES, (0, 33.3, 50, 87.65, 100), strict=True)
+             for step in range(4)]  # fmt: skip
+    return [(case, plain(case)) for case in cases]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("level", LEVELS, ids=["none", "basic", "extended", "all"])
+def test_onnxruntime(level: Any, threads: int, reference: list[tuple[Inputs, list[NDArray[Any]]]]) -> None:
+    """Every optimisation level, one and two threads, every step and tile shape: bit for bit."""
+    evaluate = _onnxruntime(level, threads)
+    for inputs, expected in reference:
+        for result, wanted in zip(evaluate(inputs), expected, strict=True):
+            assert np.array_equal(result, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pytorch(
+    dtype: torch.dtype, torch_prior: PriorGraph, reference: list[tuple[Inputs, list[NDArray[Any]]]]
+) -> None:
+    """The trained layers, from the committed weights, are the shipped graph: bit for bit."""
+    for inputs, expected in reference:
+        for result, wanted in zip(_torch(torch_prior, inputs, dtype), expected[:2], strict=True):
+            assert np.array_equal(result, wanted)
+
+
+def test_numpy(reference: list[tuple[Inputs, list[NDArray[Any]]]]) -> None:
+    """onnx's reference evaluator, which is NumPy throughout."""
+    evaluator = ReferenceEvaluator(str(PRIOR))
+    for inputs, expected in reference[:12]:
+        results = evaluator.run(None, inputs)
+        for result, wanted in zip(results, expected, strict=True):
+            assert np.array_equal(np.asarray(result), wanted)
+
+
+def test_results_are_not_constant(reference: list[tuple[Inputs, list[NDArray[Any]]]]) -> None:
+    """The comparisons above compare something."""
+    for _, (level, mean, _) in reference[4:]:
+        assert len(np.unique(level)) > 10
+        assert len(np.unique(mean)) > 20
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("level", LEVELS, ids=["none", "basic", "extended", "all"])
+def test_file_decodes_alike(level: Any, threads: int, monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
+    """A file of the default setting decodes to equal symbols under every other one, and the other way round."""
+    picture = image.read(IMAGES / "motocross.png")[:200, :330]
+    file = codec.encode(picture, quality=60)
+    make, made = ort.InferenceSession, []
+
+    def session(data: bytes, options: Any, **rest: Any) -> Any:
+        options.graph_optimization_level = level
+        made.append(options.intra_op_num_threads)
+        return make(data, options, **rest)
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    other = Codec(threads=threads)
+    assert other.unpack(file) == codec.unpack(file)
+    assert codec.unpack(other.encode(picture, quality=30)) == other.analyse(picture, quality=30)
+    assert made == [threads] * 2  # prior and encoder
+
+
+def test_bounds_are_in_the_manifest_and_below_the_limit() -> None:
+    manifest = json.loads((MODEL / "manifest.json").read_text())
+    bounds = exactness.bounds(PRIOR.read_bytes())
+    assert bounds == manifest["exactness"]
+    assert max(max(values) for values in bounds.values()) < 2**24
+
+
+def test_bounds_hold(reference: list[tuple[Inputs, list[NDArray[Any]]]]) -> None:
+    """The proof's numbers, against what a convolution of the graph really reaches on wild inputs."""
+    model = onnx.load(PRIOR)
+    branch = _hyper_synthesis(model)
+    del branch.output[:], model.graph.initializer[:]
+    branch.output.append(onnx.helper.make_tensor_value_info("hyper.widen.z", onnx.TensorProto.FLOAT, None))
+    branch.input.extend(entry for entry in model.graph.input if entry.name in ("z", "hyper_unit", "quality"))
+    model.graph.CopyFrom(branch)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    bounds = np.array(exactness.bounds(PRIOR.read_bytes())["hyper.widen.z"])
+    for inputs, _ in reference:
+        given = {name: inputs[name] for name in ("z", "hyper_unit", "quality")}
+        (accumulator,) = session.run(["hyper.widen.z"], given)
+        largest = abs(accumulator[0]).max((1, 2))
+        assert (largest <= bounds).all()
+        assert (accumulator == np.rint(accumulator)).all()
+
+
+def _changed(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    """A zoo with the default model, prior.onnx changed and its checksum mended."""
+    import hashlib
+
+    shutil.copytree(MODEL, folder / MODEL.name)
+    path = folder / MODEL.name / "prior.onnx"
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    manifest = json.loads((folder / MODEL.name / "manifest.json").read_text())
+    manifest["sha256"]["prior.onnx"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / MODEL.name / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def _hyper_synthesis(model: onnx.ModelProto) -> onnx.GraphProto:
+    branches = (attribute.g for node in model.graph.node for attribute in node.attribute if attribute.HasField("g"))
+    return next(graph for graph in branches if graph.name == "branchhyper.")
+
+
+def _weights(model: onnx.ModelProto, name: str, array: NDArray[Any]) -> None:
+    """Replace the weights of a convolution of the hyper-synthesis."""
+    graph = _hyper_synthesis(model)
+    (node,) = (node for node in graph.node if node.name == name)
+    (cast,) = (cast for cast in graph.node if cast.output[0] == node.input[1])
+    (tensor,) = (tensor for tensor in graph.initializer if tensor.name == cast.input[0])
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+@pytest.mark.parametrize(
+    ("fill", "message"),
+    [
+        (np.full((512, 64, 1, 1), 2**20, np.int32), r"hyper\.widen2 may reach"),
+        (np.full((512, 64, 1, 1), 0.5, np.float32), "may not keep what it casts"),
+        (np.ones((512, 64, 1, 1), np.int8), "not as exact as its manifest says"),
+    ],
+)
+def test_inexact_model_is_refused(fill: NDArray[Any], message: str, tmp_path: Path) -> None:
+    zoo = _changed(tmp_path, lambda model: _weights(model, "hyper.widen2", fill))
+    with pytest.raises(errors.ModelError, match=message):
+        Codec(zoo=zoo).encode(np.zeros((8, 8, 3), np.uint8))
+
+
+def test_unknown_operator_is_refused(tmp_path: Path) -> None:
+    def sigmoid(model: onnx.ModelProto) -> None:
+        next(node for node in model.graph.node if node.op_type == "Floor").op_type = "Sigmoid"
+
+    with pytest.raises(errors.ModelError, match="operator Sigmoid is not known to be exact"):
+        Codec(zoo=_changed(tmp_path, sigmoid)).encode(np.zeros((8, 8, 3), np.uint8))
+
+
+def _node(model: onnx.ModelProto, operator: str) -> onnx.NodeProto:
+    return next(node for node in _hyper_synthesis(model).node if node.op_type == operator)
+
+
+def _fraction_cast(model: onnx.ModelProto) -> None:
+    _node(model, "Cast").attribute[0].i = onnx.TensorProto.FLOAT16
+
+
+def _odd_clip(model: onnx.ModelProto) -> None:
+    graph = _hyper_synthesis(model)
+    bound = next(tensor for tensor in graph.initializer if tensor.name == _node(model, "Clip").input[2])
+    bound.CopyFrom(onnx.numpy_helper.from_array(np.array(0.5, np.float32), bound.name))
+
+
+def _late_clip(model: onnx.ModelProto) -> None:
+    graph = _hyper_synthesis(model)
+    name = [node for node in graph.node if node.op_type == "Clip"][-1].input[2]
+    bound = next(tensor for tensor in graph.initializer if tensor.name == name)
+    bound.CopyFrom(onnx.numpy_helper.from_array(np.array(5000, np.float32), bound.name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_fraction_cast, "may not keep what it casts"),
+        (_odd_clip, "clips to"),
+        (_late_clip, "may reach|output features"),
+    ],
+)
+def test_subtler_faults_are_refused(change: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path) -> None:
+    with pytest.raises(errors.ModelError, match=message):
+        Codec(zoo=_changed(tmp_path, change)).encode(np.zeros((8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x08", b"\x3a\xff\xff\xff\x7f", bytes(range(256))])
+def test_no_graph_is_refused(data: bytes) -> None:
+    with pytest.raises(errors.ModelError, match=r"prior\.onnx"):
+        exactness.bounds(data)
+
+
+def test_cost() -> None:
+    """Counted from the ONNX files: what decodes within 12, what encodes within 30 kMAC for each pixel."""
+    counted = kmacs(MODEL)
+    manifest = json.loads((MODEL / "manifest.json").read_text())
+    assert counted == manifest["kmac_per_pixel"]
+    assert 5 < counted["synthesis"] + counted["prior"] <= 12
+    assert 5 < counted["analysis"] + counted["prior"] <= 30

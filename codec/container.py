@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hourglass.codec.errors import ContainerError, CorruptError
@@ -16,13 +17,13 @@ MAGIC = b"\x89HGC"
 VERSION = 0
 
 CODE = 1
-"""Section kind: the entropy-coded code tensors."""
+"""Section kind: the entropy-coded code tensors of one tile; one section for each, in the order of the tiles."""
 
 ANCILLARY = 128
 """Section kinds from here on may be skipped by a reader that does not know them."""
 
 _KNOWN = frozenset({CODE})
-_HEAD = struct.Struct("<4sBBIIHB")  # magic, version, sections, width, height, quality * 100, length of model id
+_HEAD = struct.Struct("<4sBHIIHB")  # magic, version, sections, width, height, quality * 100, length of model id
 _SECTION = struct.Struct("<BII")  # kind, length, CRC-32
 _CRC = struct.Struct("<I")
 
@@ -52,13 +53,13 @@ class Header:
     length: int
 
 
-def write(model: str, width: int, height: int, quality: float, sections: dict[int, bytes]) -> bytes:
-    """A whole file from its sections, kind -> payload, in the order given."""
+def write(model: str, width: int, height: int, quality: float, sections: Sequence[tuple[int, bytes]]) -> bytes:
+    """A whole file from its sections, (kind, payload), in the order given."""
     name = model.encode("ascii")
     parts = [_HEAD.pack(MAGIC, VERSION, len(sections), width, height, round(quality * 100), len(name)), name]
-    parts += [_SECTION.pack(kind, len(data), zlib.crc32(data)) for kind, data in sections.items()]
+    parts += [_SECTION.pack(kind, len(data), zlib.crc32(data)) for kind, data in sections]
     head = b"".join(parts)
-    return b"".join([head, _CRC.pack(zlib.crc32(head)), *sections.values()])
+    return b"".join([head, _CRC.pack(zlib.crc32(head)), *(data for _, data in sections)])
 
 
 def read_header(data: bytes | memoryview, limits: Limits | None = None) -> Header:
@@ -89,13 +90,17 @@ def read_header(data: bytes | memoryview, limits: Limits | None = None) -> Heade
     sections = tuple(Section(*_SECTION.unpack_from(data, table + i * _SECTION.size)) for i in range(count))
     kinds = [section.kind for section in sections]
     unknown = [kind for kind in kinds if kind < ANCILLARY and kind not in _KNOWN]
-    if unknown or len(set(kinds)) < len(kinds) or CODE not in kinds:
-        raise ContainerError(f"file has sections of kinds {kinds}; expected one of kind {CODE} and none twice")
+    others = [kind for kind in kinds if kind != CODE]
+    if unknown or len(set(others)) < len(others) or CODE not in kinds:
+        found = ", ".join(map(str, sorted(set(kinds)))) or "none"
+        raise ContainerError(
+            f"file has sections of kinds {found}; expected kind {CODE}, none other that is unknown or twice"
+        )
     return Header(version, name.decode("ascii"), width, height, quality / 100, sections, end + _CRC.size)
 
 
-def read(data: bytes | memoryview, limits: Limits | None = None) -> tuple[Header, dict[int, memoryview]]:
-    """Parse a whole file: its header, and kind -> payload with every length and checksum verified.
+def read(data: bytes | memoryview, limits: Limits | None = None) -> tuple[Header, list[memoryview]]:
+    """Parse a whole file: its header, and the payload of each section with every length and checksum verified.
 
     Raises what `read_header` raises, and `CorruptError` when bytes are missing, left over or changed.
     """
@@ -106,12 +111,12 @@ def read(data: bytes | memoryview, limits: Limits | None = None) -> tuple[Header
     if len(data) != expected:
         what = "it was cut short" if len(data) < expected else "something was appended"
         raise CorruptError(f"file has {len(data)} bytes, its header says {expected}; {what}")
-    view, begin, payloads = memoryview(data), header.length, {}
-    for section in header.sections:
+    view, begin, payloads = memoryview(data), header.length, []
+    for number, section in enumerate(header.sections):
         payload = view[begin : begin + section.length]
         begin += section.length
-        _check(payload, section.crc, f"section of kind {section.kind}")
-        payloads[section.kind] = payload
+        _check(payload, section.crc, f"section {number} of kind {section.kind}")
+        payloads.append(payload)
     return header, payloads
 
 

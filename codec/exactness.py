@@ -4,7 +4,8 @@ Every value of the graph is followed with two numbers: its largest magnitude, an
 float32 an integer below 2**24 in magnitude is exact, whatever its power of two. So the graph is exact when
 
 - every convolution has integer inputs, weights and biases, with max|x| * sum|w| + |b| < 2**24 for every output channel:
-  then every partial sum is exact, in any order, with or without FMA;
+  then every partial sum is exact, in any order, with or without FMA (weights and bias of an output channel may be
+  multiplied by a power of two, as all its partial sums then are);
 - every product is exact: then folding it into a convolution, or an addition behind it, changes nothing;
 - all other operators compare, round, clip or move values, or add two of them: one IEEE operation, the same everywhere.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,8 @@ FEATURES = 1023
 _CAST = {1: LIMIT, 2: 255, 5: 32767}
 """Types that a graph may cast to, float, uint8 and int16, and the largest magnitude that each keeps."""
 
+_UINT8 = 2
+
 _DTYPES = {1: "<f4", 3: "<i1", 6: "<i4", 7: "<i8"}  # of TensorProto
 
 
@@ -42,12 +45,17 @@ class _Value:
     """What is known of a value: |x| <= reach, x a multiple of grid (0: of any power of two), a constant's elements.
 
     mantissa: largest odd part of an element in units of its own power of two, where that is less than reach / grid.
+    scale: powers of two, one for each row of a constant, that its integers are multiplied by. low: no element is below.
+    summed: it comes straight from a convolution, which an operator behind it may become a part of.
     """
 
     reach: float
     grid: float = 1.0
     mantissa: float = math.inf
     constant: NDArray[np.generic] | None = None
+    scale: NDArray[np.float64] | None = None
+    low: float = -math.inf
+    summed: bool = False
 
     @property
     def digits(self) -> float:
@@ -57,12 +65,12 @@ class _Value:
 
 _INPUTS = {
     "step": _Value(3),
+    "width": _Value(15),
     "z": _Value(32768),
     "features_before": _Value(FEATURES),
     "known": _Value(32768),
     "quality": _Value(32),
     "hyper_unit": _Value(math.inf, 0, MANTISSA),
-    "known_unit": _Value(math.inf, 0, MANTISSA),
     "mean_unit": _Value(math.inf, 0, MANTISSA),
     "level_offset": _Value(OFFSET),
 }
@@ -107,7 +115,9 @@ def _follow(graph: bytes, values: dict[str, _Value], found: dict[str, list[int]]
             outputs = [_union(list(pair)) for pair in zip(*branches, strict=True)]
         elif node.operator == "Conv":
             found[node.name] = _convolution(node.name, *inputs)
-            outputs = [_Value(max(found[node.name]))]
+            scale = _scale(inputs[1])
+            reach = float((np.array(found[node.name]) * scale).max())
+            outputs = [_Value(reach, float(scale.min()), summed=True)]
         else:
             outputs = [_result(node, inputs)]
         values.update(zip(node.outputs, outputs, strict=True))
@@ -118,8 +128,10 @@ def _follow(graph: bytes, values: dict[str, _Value], found: dict[str, list[int]]
 def _convolution(name: str, x: _Value, weight: _Value, bias: _Value | None = None) -> list[int]:
     if weight.constant is None or (bias is not None and bias.constant is None):
         raise ModelError(f"prior.onnx: weights of {name} are not constant")
-    if any(value.grid < 1 for value in (x, weight, bias) if value is not None):
+    if x.grid < 1 or not all(value is None or _integers(value) for value in (weight, bias)):
         raise ModelError(f"prior.onnx: {name} works on numbers that are no integers")
+    if bias is not None and not np.array_equal(_scale(weight), _scale(bias)):
+        raise ModelError(f"prior.onnx: weights and bias of {name} are in different units")
     sums = np.abs(weight.constant.astype(np.float64)).reshape(len(weight.constant), -1).sum(1)
     largest = sums * x.reach
     if bias is not None and bias.constant is not None:
@@ -129,29 +141,56 @@ def _convolution(name: str, x: _Value, weight: _Value, bias: _Value | None = Non
     return [int(value) for value in largest]
 
 
+def _integers(value: _Value) -> bool:
+    """Whether a constant's elements are, apart from its scale."""
+    elements = np.asarray(value.constant, np.float64)
+    return bool((elements == np.rint(elements)).all())
+
+
+def _scale(value: _Value) -> NDArray[np.float64]:
+    """Of each row of a constant."""
+    if value.scale is not None:
+        return value.scale
+    return np.ones(len(value.constant) if value.constant is not None else 1)
+
+
 def _result(node: _Node, inputs: list[_Value]) -> _Value:
     first = inputs[0]
     match node.operator:
-        case "Slice" | "DepthToSpace" | "Identity":
+        case "Slice" | "DepthToSpace":
+            return replace(first, constant=None, scale=None)
+        case "Identity":
             return first
         case "Cast":
-            if node.to not in _CAST or (first.grid < 1 or first.reach > _CAST[node.to]):
+            unfit = first.grid < 1 or first.reach > _CAST.get(node.to, 0)
+            if unfit or (node.to == _UINT8 and first.low < 0):
                 raise ModelError(f"prior.onnx: {node.name} may not keep what it casts")
             return first
         case "Concat":
             return _union(inputs)
         case "Floor":
-            return _Value(first.reach + 1)
+            reach = math.ceil(first.reach) if math.isfinite(first.reach) else math.inf
+            return _Value(reach, low=math.floor(first.low) if math.isfinite(first.low) else -math.inf)
         case "Clip":
             low, high = (float(np.asarray(value.constant)) for value in inputs[1:])
             if not low <= 0 <= high or not (low.is_integer() and high.is_integer()):
                 raise ModelError(f"prior.onnx: {node.name} clips to {low}..{high}; expected integers around 0")
-            return _Value(min(max(-low, high), first.reach), first.grid)
+            return _Value(min(max(-low, high), first.reach), min(first.grid, 1.0), low=max(low, first.low))
         case "Add":
             reach, grid = first.reach + inputs[1].reach, min(first.grid, inputs[1].grid)
-            if grid and reach / grid >= LIMIT:  # it may be folded into a convolution
+            # It may be folded into a convolution.
+            if (grid and reach / grid >= LIMIT) or (not grid and any(value.summed for value in inputs)):
                 raise ModelError(f"prior.onnx: the sum {node.name} may reach {reach:.0f}; exact below {LIMIT} only")
             return _Value(reach, grid)
+        case "Mul" if first.constant is not None and inputs[1].constant is not None:
+            factor = inputs[1].constant.astype(np.float64)
+            rows = len(first.constant) if first.constant.ndim else 0
+            fits = factor.shape == (rows, *[1] * (first.constant.ndim - 1)) and first.scale is None
+            within = (factor >= 2.0**-60).all() and (factor <= 2.0**60).all()
+            if not fits or not within or (np.frexp(factor)[0] != 0.5).any():
+                raise ModelError(f"prior.onnx: {node.name} scales constants by other than a power of two for each row")
+            reach, grid = first.reach * float(factor.max()), first.grid * float(factor.min())
+            return _Value(reach, grid, constant=first.constant, scale=factor.reshape(-1))
         case "Mul":
             if first.digits * inputs[1].digits >= LIMIT:
                 raise ModelError(f"prior.onnx: the product {node.name} may need more than 24 bits")
@@ -163,7 +202,12 @@ def _result(node: _Node, inputs: list[_Value]) -> _Value:
 
 
 def _union(values: list[_Value]) -> _Value:
-    return _Value(max(value.reach for value in values), min(value.grid for value in values))
+    return _Value(
+        max(value.reach for value in values),
+        min(value.grid for value in values),
+        low=min(value.low for value in values),
+        summed=any(value.summed for value in values),
+    )
 
 
 def _constant(array: NDArray[np.generic]) -> _Value:

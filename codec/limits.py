@@ -12,7 +12,7 @@ class Limits:
     """Largest input that is worked on. The defaults suit a machine with a few GB of memory."""
 
     pixels: int = 1 << 26
-    """Width times height: 67 million, about 3.5 GB at work."""
+    """Width times height: 67 million, some GB at work."""
     side: int = 1 << 16
     """Width or height in pixels."""
     file_bytes: int = 1 << 29

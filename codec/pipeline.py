@@ -2,6 +2,9 @@
 
 encode = analyse + pack          image -> pixels -> latent -> Code -> bytes
 decode = unpack + synthesise     bytes -> Code -> latent -> pixels
+
+A picture is worked on in tiles, several at a time. Each is quantised and coded by itself; the transforms look a
+little beyond its edges, so that no seam shows.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypedDict, Unpack, get_args
+from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +33,21 @@ from hourglass.codec.container import Header
 from hourglass.codec.errors import CodeError, ContainerError, CorruptError, InvalidArgument
 from hourglass.codec.image import ImageSource, Pixels
 from hourglass.codec.limits import Limits
-from hourglass.codec.quantise import Analysed, Effort, Part, dequantise, hyper_tables, quantise
+from hourglass.codec.quantise import (
+    Analysed,
+    Effort,
+    Part,
+    Symbols,
+    dequantise,
+    hyper_tables,
+    narrow,
+    quantise,
+    widen,
+)
 
 DEFAULT_QUALITY = 50.0
+
+_Result = TypeVar("_Result")
 
 FileSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview"
 """The bytes of a .hgc file, or a path to one."""
@@ -54,7 +71,7 @@ class Settings(TypedDict, total=False):
     effort: Effort
 
 
-_SYMBOLS_CRC = struct.Struct("<I")
+_TILE = struct.Struct("<IB")  # CRC-32 of the symbols, width
 
 
 @dataclass(frozen=True)
@@ -125,10 +142,10 @@ class Codec:
         zoo: Path = runtime.ZOO,
     ) -> None:
         self.limits = limits or Limits()
-        self._threads = threads
+        self._threads = threads or runtime.usable_cores()
         self._zoo = zoo
         self._lock = threading.Lock()
-        self._models: dict[str, runtime.Model] = {}
+        self._models: dict[tuple[str, int], runtime.Model] = {}
         self.model = self._model(model).id
 
     def models(self) -> list[ModelInfo]:
@@ -138,7 +155,16 @@ class Codec:
 
     def encode(self, image: ImageSource, **settings: Unpack[Settings]) -> bytes:
         """A picture -> the bytes of a .hgc file; exactly `pack(analyse(image))`. Raises what these raise."""
-        return self._pack(self._analyse(image, settings))
+        check_settings(settings)
+        if settings.keys() - {"quality", "effort"}:
+            return self._pack(self._aimed(image, settings))
+        pixels, quality, effort = self._plain(image, settings)
+
+        def section(tile: Tile, model: runtime.Model) -> bytes:
+            return _pack_tile(model, quality, quantise(_analysed(model, pixels, tile), quality, effort))
+
+        model, (height, width) = self._model(self.model), pixels.shape[:2]
+        return _file(model, width, height, quality, self._each(model, width, height, section))
 
     def decode(self, data: FileSource) -> Pixels:
         """A .hgc file -> (H, W, 3) uint8; exactly `synthesise(unpack(data))`. Raises what these raise."""
@@ -184,12 +210,38 @@ class Codec:
 
     def _analyse(self, image: ImageSource, settings: Settings) -> _Coded:
         check_settings(settings)
+        if settings.keys() - {"quality", "effort"}:
+            return self._aimed(image, settings)
+        pixels, quality, effort = self._plain(image, settings)
+        model, (height, width) = self._model(self.model), pixels.shape[:2]
+        tiles = self._each(
+            model, width, height, lambda tile, own: quantise(_analysed(own, pixels, tile), quality, effort)
+        )
+        return _Coded(model, quality, width, height, tiles)
+
+    def _plain(self, source: ImageSource, settings: Settings) -> tuple[Pixels, float, Effort]:
+        quality = round(float(settings.get("quality", DEFAULT_QUALITY)), 2)
+        return image.read(source, self.limits), quality, settings.get("effort", "default")
+
+    def _aimed(self, source: ImageSource, settings: Settings) -> _Coded:
         effort = settings.get("effort", "default")
         if "target_psnr" in settings:
-            return self._reach_psnr(image, settings["target_psnr"], effort)
-        if "target_size" in settings or "target_bpp" in settings:
-            return self._reach_size(image, settings, effort)
-        return self._quantise(self._transform(image), settings.get("quality", DEFAULT_QUALITY), effort)
+            return self._reach_psnr(source, settings["target_psnr"], effort)
+        return self._reach_size(source, settings, effort)
+
+    def _each(
+        self, model: runtime.Model, width: int, height: int, work: Callable[[Tile, runtime.Model], _Result]
+    ) -> list[_Result]:
+        """Results of `work` for each tile of a picture: one tile with all threads, more than one on a thread each.
+
+        What runs in a thread gets the model that works in one thread.
+        """
+        tiles = tiles_of(width, height, model.tile.stride)
+        if len(tiles) == 1 or self._threads == 1:
+            return [work(tile, model) for tile in tiles]
+        single = self._model(model.id, 1)
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(lambda tile: work(tile, single), tiles))
 
     def _reach_size(self, source: ImageSource, settings: Settings, effort: Effort) -> _Coded:
         """The Code of the highest quality whose file is no larger than asked for."""
@@ -230,69 +282,59 @@ class Codec:
             )
         return coded
 
-    def _transform(self, source: ImageSource) -> Analysed:
-        pixels = image.read(source, self.limits)
-        model = self._model(self.model)
-        return Analysed(model, pixels, *model.analyse(pixels))
+    def _transform(self, source: ImageSource) -> _Transformed:
+        pixels, model = image.read(source, self.limits), self._model(self.model)
+        height, width = pixels.shape[:2]
+        tiles = self._each(model, width, height, lambda tile, own: _analysed(own, pixels, tile))
+        return _Transformed(pixels, tiles)
 
-    def _quantise(self, analysed: Analysed, quality: float, effort: Effort) -> _Coded:
-        model, quality = analysed.model, round(float(quality), 2)
-        symbols = quantise(analysed, quality, effort)
-        height, width = analysed.pixels.shape[:2]
-        tensors = {model.latent.name: symbols.y, model.hyper.name: symbols.z}
-        return _Coded(Code(model.id, quality, width, height, tensors), symbols.parts, symbols.latent)
+    def _quantise(self, transformed: _Transformed, quality: float, effort: Effort) -> _Coded:
+        model, quality = self._model(self.model), round(float(quality), 2)
+        height, width = transformed.pixels.shape[:2]
+        tiles = self._each(
+            model,
+            width,
+            height,
+            lambda tile, _: quantise(transformed.tiles[tile.number], quality, effort),
+        )
+        return _Coded(model, quality, width, height, tiles)
 
     def _synthesise(self, coded: _Coded) -> Pixels:
-        code, model = coded.code, self._model(coded.code.model)
-        return model.synthesise(dequantise(model, code.quality, coded.latent), code.width, code.height)
+        out = np.empty((coded.height, coded.width, 3), np.uint8)
+
+        def synthesise(tile: Tile, model: runtime.Model) -> None:
+            pixels = model.synthesise(coded.patch(tile))
+            out[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] = pixels[: tile.height, : tile.width]
+
+        self._each(coded.model, coded.width, coded.height, synthesise)
+        return out
 
     def _pack(self, coded: _Coded) -> bytes:
-        code, model = coded.code, self._model(coded.code.model)
-        encoder = entropy.Encoder(model.tables)
-        try:
-            for symbols, tables in coded.parts:
-                encoder.put(symbols, tables)
-        except ValueError as exc:
-            raise CodeError(f"code of model {model.id!r} at quality {code.quality:g} cannot be coded: {exc}") from exc
-        section = _SYMBOLS_CRC.pack(_crc(code, model)) + encoder.finish()
-        return container.write(model.id, code.width, code.height, code.quality, {container.CODE: section})
+        sections = [_pack_tile(coded.model, coded.quality, tile) for tile in coded.tiles]
+        return _file(coded.model, coded.width, coded.height, coded.quality, sections)
 
     def _unpack(self, data: FileSource) -> _Coded:
-        header, sections = container.read(self._bytes(data), self.limits)
-        model, quality = self._model(header.model), header.quality
-        section = sections[container.CODE]
-        if len(section) < _SYMBOLS_CRC.size:
-            raise ContainerError(f"code section has {len(section)} bytes; expected {_SYMBOLS_CRC.size} or more")
-        decoder = entropy.Decoder(section[_SYMBOLS_CRC.size :], model.tables)
-        parts: list[Part] = []
+        header, payloads = container.read(self._bytes(data), self.limits)
+        model = self._model(header.model)
+        sections = [p for p, s in zip(payloads, header.sections, strict=True) if s.kind == container.CODE]
+        expected = len(tiles_of(header.width, header.height, model.tile.stride))
+        if len(sections) != expected:
+            raise ContainerError(
+                f"file has {len(sections)} tiles; model {model.id!r} has {expected} "
+                f"for a picture of {header.width}x{header.height} pixels"
+            )
 
-        def decode(tables: NDArray[np.uint8]) -> NDArray[np.int16]:
-            parts.append((decoder.get(tables), tables))
-            return parts[-1][0]
+        def unpack(tile: Tile, own: runtime.Model) -> Symbols:
+            return _unpack_tile(own, header.quality, sections[tile.number], tile)
 
-        z = decode(hyper_tables(model, quality, model.hyper.shape(header.width, header.height)))
-        _, height, width = model.latent.shape(header.width, header.height)
-        y, latent = prior.walk(model, quality, z, height, width, lambda _step, tables, _mean: decode(tables))
-        decoder.finish()
-        code = Code(model.id, quality, header.width, header.height, {model.latent.name: y, model.hyper.name: z})
-        if _crc(code, model) != _SYMBOLS_CRC.unpack_from(section)[0]:
-            raise CorruptError("the decoded symbols do not match their checksum")
-        return _Coded(code, parts, latent)
+        tiles = self._each(model, header.width, header.height, unpack)
+        return _Coded(model, header.quality, header.width, header.height, tiles)
 
     def _walk(self, code: Code) -> _Coded:
         """What the prior makes of a code that came from outside."""
         model = self._checked(code)
-        y, z = code.tensors[model.latent.name], code.tensors[model.hyper.name]
-        padded = np.zeros((len(y), 4 * z.shape[1], 4 * z.shape[2]), np.int16)
-        padded[:, : y.shape[1], : y.shape[2]] = y
-        parts: list[Part] = [(z, hyper_tables(model, code.quality, z.shape))]
-
-        def take(step: int, tables: NDArray[np.uint8], _mean: NDArray[np.int16]) -> NDArray[np.int16]:
-            parts.append((prior.gather(padded, step), tables))
-            return parts[-1][0]
-
-        _, latent = prior.walk(model, code.quality, z, y.shape[1], y.shape[2], take)
-        return _Coded(code, parts, latent)
+        tiles = self._each(model, code.width, code.height, lambda tile, own: _walk_tile(own, code, tile))
+        return _Coded(model, code.quality, code.width, code.height, tiles)
 
     def measure(self, image: ImageSource, code: Code) -> Distortion:
         """PSNR and MS-SSIM between a picture and what `code` decodes to."""
@@ -307,13 +349,16 @@ class Codec:
 
     def warm_up(self) -> None:
         """Load the model and run it once, so that the first picture does not wait for it."""
-        self.decode(self.encode(np.zeros((16, 16, 3), np.uint8)))
+        side = self._model(self.model).tile.stride
+        for width in (16, side + 16):  # one tile with all threads, more with a thread each
+            self.decode(self.encode(np.zeros((16, width, 3), np.uint8)))
 
-    def _model(self, model_id: str) -> runtime.Model:
+    def _model(self, model_id: str, threads: int = 0) -> runtime.Model:
+        key = model_id, threads or self._threads
         with self._lock:
-            if model_id not in self._models:
-                self._models[model_id] = runtime.Model(model_id, self._zoo, self._threads)
-            return self._models[model_id]
+            if key not in self._models:
+                self._models[key] = runtime.Model(model_id, self._zoo, key[1])
+            return self._models[key]
 
     def _bytes(self, data: FileSource) -> bytes | memoryview:
         if isinstance(data, (str, os.PathLike)):
@@ -341,12 +386,147 @@ class Codec:
 
 
 @dataclass(frozen=True)
-class _Coded:
-    """A Code and what the prior made of it: parts in the order coded, the latent dequantised in 1/16 symbols."""
+class Tile:
+    """A rectangle of a picture that is coded by itself: its number in raster order, corner and size in pixels."""
 
-    code: Code
-    parts: list[Part]
-    latent: NDArray[np.float32]
+    number: int
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+def tiles_of(width: int, height: int, side: int) -> list[Tile]:
+    """The tiles of a picture, row by row; the last ones of a row or column may be smaller than `side`."""
+    corners = itertools.product(range(0, height, side), range(0, width, side))
+    return [Tile(number, x, y, min(side, width - x), min(side, height - y)) for number, (y, x) in enumerate(corners)]
+
+
+@dataclass(frozen=True)
+class _Transformed:
+    """A picture (H, W, 3) uint8, and what the analysis makes of its tiles."""
+
+    pixels: Pixels
+    tiles: list[Analysed]
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A picture as symbols, tile by tile."""
+
+    model: runtime.Model
+    quality: float
+    width: int
+    height: int
+    tiles: list[Symbols]
+
+    @cached_property
+    def code(self) -> Code:
+        model = self.model
+        tensors = {rule.name: np.zeros(rule.shape(self.width, self.height), np.int16) for rule in model.tensors}
+        for tile, symbols in zip(tiles_of(self.width, self.height, model.tile.stride), self.tiles, strict=True):
+            count = model.widths[symbols.width]
+            values = (widen(symbols.y, model.latent.channels), symbols.z, np.full((1, 1, 1), 4 * count))
+            for rule, value in zip(model.tensors, values, strict=True):
+                rule.part(tensors[rule.name], tile.x, tile.y, tile.width, tile.height)[:] = value
+        return Code(model.id, self.quality, self.width, self.height, tensors)
+
+    def patch(self, tile: Tile) -> runtime.Patch:
+        """The latents of a tile and, where there are some, of its model's `halo` around it, dequantised."""
+        model, halo = self.model, self.model.halo
+        rows, columns = self.tiles[tile.number].latent.shape[1:]
+        side, across = model.tile.stride // runtime.STRIDE, -(-self.width // model.tile.stride)
+        top, left = tile.y // runtime.STRIDE, tile.x // runtime.STRIDE
+        above, before = min(halo, top), min(halo, left)
+        below = halo if tile.y + tile.height < self.height else 0
+        behind = halo if tile.x + tile.width < self.width else 0
+        height, width = above + rows + below, before + columns + behind
+        around = list(self._around(tile, across))
+        core = np.zeros((1, 4 * model.core, height, width), np.float32)
+        all_zero = all(model.widths[symbols.width] <= model.core for _, symbols in around)
+        others = (1, model.latent.channels - 4 * model.core)
+        rest = np.zeros((*others, 1, 1) if all_zero else (*others, height, width), np.float32)
+        for number, symbols in around:
+            # Where this tile's latents lie in the patch.
+            y = number // across * side - (top - above)
+            x = number % across * side - (left - before)
+            latent = symbols.latent[:, max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
+            y, x = max(y, 0), max(x, 0)
+            place = np.s_[0, :, y : y + latent.shape[1], x : x + latent.shape[2]]
+            dequantise(model, self.quality, latent, core[place], None if all_zero else rest[place])
+        return runtime.Patch(core, rest, (above, above + rows, before, before + columns))
+
+    def _around(self, tile: Tile, across: int) -> Iterator[tuple[int, Symbols]]:
+        """Numbers and symbols of a tile and its neighbours."""
+        row, column = divmod(tile.number, across)
+        for y, x in itertools.product(range(row - 1, row + 2), range(column - 1, column + 2)):
+            if 0 <= x < across and 0 <= y * across + x < len(self.tiles):
+                yield y * across + x, self.tiles[y * across + x]
+
+
+def _analysed(model: runtime.Model, pixels: Pixels, tile: Tile) -> Analysed:
+    own = pixels[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width]
+    return Analysed(model, own, *model.analyse(pixels, tile.x, tile.y, tile.width, tile.height))
+
+
+def _file(model: runtime.Model, width: int, height: int, quality: float, sections: list[bytes]) -> bytes:
+    return container.write(model.id, width, height, quality, [(container.CODE, section) for section in sections])
+
+
+def _pack_tile(model: runtime.Model, quality: float, tile: Symbols) -> bytes:
+    encoder = entropy.Encoder(model.tables)
+    try:
+        for symbols, tables in tile.parts:
+            encoder.put(symbols, tables)
+    except ValueError as exc:
+        raise CodeError(f"code of model {model.id!r} at quality {quality:g} cannot be coded: {exc}") from exc
+    return _TILE.pack(_crc(tile), tile.width) + encoder.finish()
+
+
+def _unpack_tile(model: runtime.Model, quality: float, section: memoryview, tile: Tile) -> Symbols:
+    if len(section) < _TILE.size:
+        raise ContainerError(f"code section has {len(section)} bytes; expected {_TILE.size} or more")
+    crc, width = _TILE.unpack_from(section)
+    if width >= len(model.widths):
+        raise ContainerError(f"tile {tile.number} has width {width}; model {model.id!r} has {len(model.widths)}")
+    decoder = entropy.Decoder(section[_TILE.size :], model.tables)
+    parts: list[Part] = []
+
+    def decode(tables: NDArray[np.uint8]) -> NDArray[np.int16]:
+        parts.append((decoder.get(tables), tables))
+        return parts[-1][0]
+
+    z = decode(hyper_tables(model, quality, model.hyper.shape(tile.width, tile.height)))
+    _, rows, columns = model.latent.shape(tile.width, tile.height)
+    y, latent = prior.walk(model, quality, z, rows, columns, width, lambda _step, tables, _mean: decode(tables))
+    decoder.finish()
+    symbols = Symbols(y, z, width, parts, latent)
+    if _crc(symbols) != crc:
+        raise CorruptError(f"the decoded symbols of tile {tile.number} do not match their checksum")
+    return symbols
+
+
+def _walk_tile(model: runtime.Model, code: Code, tile: Tile) -> Symbols:
+    place = tile.x, tile.y, tile.width, tile.height
+    whole, z, coded = (rule.part(code.tensors[rule.name], *place) for rule in model.tensors)
+    width = int(coded[0, 0, 0])
+    if width not in [4 * count for count in model.widths]:
+        expected = ", ".join(str(4 * count) for count in model.widths)
+        raise CodeError(f"{model.tile.name} of tile {tile.number} is {width}; expected one of {expected}")
+    y = narrow(whole, width // 4)
+    if np.count_nonzero(y) != np.count_nonzero(whole):
+        raise CodeError(f"tile {tile.number} has {width} channels that are coded, and symbols in other ones")
+    padded = np.zeros((len(y), 4 * z.shape[1], 4 * z.shape[2]), np.int16)
+    padded[:, : y.shape[1], : y.shape[2]] = y
+    parts: list[Part] = [(z, hyper_tables(model, code.quality, z.shape))]
+
+    def take(step: int, tables: NDArray[np.uint8], _mean: NDArray[np.int16]) -> NDArray[np.int16]:
+        parts.append((prior.gather(padded, step), tables))
+        return parts[-1][0]
+
+    index = model.widths.index(width // 4)
+    _, latent = prior.walk(model, code.quality, z, y.shape[1], y.shape[2], index, take)
+    return Symbols(y, z, index, parts, latent)
 
 
 _TOLERANCE = 0.01
@@ -360,7 +540,7 @@ def _aim(
     if effort != "best":
         return _search(lambda quality: attempt(quality, effort), wanted, below=below)
     coded, _ = _search(lambda quality: attempt(quality, "default"), wanted, below=below)
-    return _search(lambda quality: attempt(quality, effort), wanted, below=below, near=coded.code.quality)
+    return _search(lambda quality: attempt(quality, effort), wanted, below=below, near=coded.quality)
 
 
 def _search(
@@ -459,11 +639,11 @@ def _read_image(source: ImageSource, limits: Limits) -> Pixels:
     return image.read(source, limits)
 
 
-def _crc(code: Code, model: runtime.Model) -> int:
-    """CRC-32 of all symbols, tensor by tensor, in the model's order."""
+def _crc(tile: Symbols) -> int:
+    """CRC-32 of all symbols that are coded: of y, then of z."""
     crc = 0
-    for rule in model.tensors:
-        crc = zlib.crc32(np.ascontiguousarray(code.tensors[rule.name], "<i2").data, crc)
+    for tensor in (tile.y, tile.z):
+        crc = zlib.crc32(np.ascontiguousarray(tensor, "<i2").data, crc)
     return crc
 
 

@@ -1,22 +1,24 @@
 """From latents to symbols: rounding, and the encoder's search for the smallest file. No decoder knows of it.
 
-fast: plain rounding. default: symbols whose bits cost more than the error that they mend move towards zero (rate-
-distortion optimised quantisation). best: before that, the latent itself goes downhill on rate + lambda * squared error
-of the decoded picture, with the gradient of the synthesis transform from gradient.onnx, step by step, as long as the
-sum falls (after Yang, Bamler and Mandt, "Improving inference for neural image compression", 2020, with plain rounding
-in place of annealing).
+Channels that nothing of note is in are left out first, at any effort. fast: plain rounding. default: symbols whose bits
+cost more than the error that they mend move towards zero (rate-distortion optimised quantisation). best: before that,
+the latent itself goes downhill on rate + lambda * squared error of the decoded picture, with the gradient of the
+synthesis transform from gradient.onnx, step by step, as long as the sum falls (after Yang, Bamler and Mandt, "Improving
+inference for neural image compression", 2020, with plain rounding in place of annealing).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec import entropy, prior
 from hourglass.codec.runtime import Model
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 Effort: TypeAlias = Literal["fast", "default", "best"]
 """How hard the encoder looks for the smallest file; the decoder neither knows nor cares."""
@@ -31,13 +33,19 @@ train/NOTES.md."""
 _NEAR = 3
 """Symbols up to this magnitude may move towards 0."""
 
+_NOTHING = 0.05
+"""Bits for each position of the latent that the loss of channels left out may be worth."""
+
+_RARE = 9.0
+"""Bits that a symbol takes in a channel where almost all are 0."""
+
 _TURNS = 10
 """Steps that `best` tries."""
 
 
 @dataclass(frozen=True)
 class Analysed:
-    """A picture (H, W, 3) uint8 and what the analysis transforms make of it; they know nothing of quality."""
+    """A tile (H, W, 3) uint8 and what the analysis transforms make of it; they know nothing of quality."""
 
     model: Model
     pixels: NDArray[np.uint8]
@@ -47,27 +55,56 @@ class Analysed:
 
 @dataclass(frozen=True)
 class Symbols:
-    """A picture as integers.
+    """A tile as integers.
 
-    y, z: the code tensors. parts: symbols and tables in the order coded. latent: the latent times gain, dequantised, in
-    1/16 symbols, padded. levels, rest: for each step of the prior the scales and the latent less its mean.
+    y, z: its part of the code tensors, y of c channels only. width: index into the model's widths, which says how many
+    channels c has. parts: symbols and tables in the order coded. latent: the latent times gain, dequantised, in 1/16
+    symbols, padded.
     """
 
     y: NDArray[np.int16]
     z: NDArray[np.int16]
+    width: int
     parts: list[Part]
     latent: NDArray[np.float32]
-    rest: list[NDArray[np.float32]]
 
 
 def quantise(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
     """Gain, prior, rounding. quality: as the file stores it."""
-    return _best(analysed, quality) if effort == "best" else _once(analysed, quality, effort)
+    return _best(analysed, quality) if effort == "best" else _once(analysed, quality, effort)[0]
 
 
-def dequantise(model: Model, quality: float, latent: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What `Symbols.latent` stands for, before synthesis: (C, h, w)."""
-    return latent * (model.inverse_gain(quality) * np.float32(1 / prior.FINE))[:, None, None]
+def dequantise(
+    model: Model,
+    quality: float,
+    latent: NDArray[np.float32],
+    core: NDArray[np.float32],
+    rest: NDArray[np.float32] | None,
+) -> None:
+    """Write what a part (c, h, w) of a `Symbols.latent` stands for, before synthesis, into zeros.
+
+    core (C', h, w), rest (C - C', h, w): the model's channels; rest may be None where c is no larger than C'.
+    """
+    unit = (model.inverse_gain(quality) * np.float32(1 / prior.FINE)).reshape(4, -1, 1, 1)
+    for i, coded in enumerate(np.split(latent, 4)):
+        first = np.split(core, 4)[i][: len(coded)]
+        np.multiply(coded[: len(first)], unit[i, : len(first)], out=first)
+        if rest is not None and len(coded) > len(first):
+            second = np.split(rest, 4)[i][: len(coded) - len(first)]
+            np.multiply(coded[len(first) :], unit[i, len(first) : len(coded)], out=second)
+
+
+def narrow(whole: NDArray[_Number], count: int) -> NDArray[_Number]:
+    """The first `count` channels of each quarter of an array (C, h, w)."""
+    return np.concatenate([quarter[:count] for quarter in np.split(whole, 4)])
+
+
+def widen(coded: NDArray[_Number], channels: int) -> NDArray[_Number]:
+    """Inverse of `narrow`, with zeros."""
+    whole = np.zeros((channels, *coded.shape[1:]), coded.dtype)
+    for quarter, part in zip(np.split(whole, 4), np.split(coded, 4), strict=True):
+        quarter[: len(part)] = part
+    return whole
 
 
 def hyper_tables(model: Model, quality: float, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -75,7 +112,8 @@ def hyper_tables(model: Model, quality: float, shape: tuple[int, ...]) -> NDArra
     return np.broadcast_to(model.hyper_tables(quality)[:, None, None], shape)
 
 
-def _once(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
+def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, list[NDArray[np.float32]]]:
+    """Symbols, and for each step of the prior the latent less its mean."""
     model = analysed.model
     hyper = analysed.hyper * model.hyper_gain(quality)[:, None, None]
     tables = hyper_tables(model, quality, hyper.shape)
@@ -84,7 +122,11 @@ def _once(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
         _drop(z, hyper, tables, model, _HYPER_WORTH)
     parts: list[Part] = [(z, tables)]
     rests = []
+    height, width = analysed.pixels.shape[:2]
+    _, rows, columns = model.latent.shape(width, height)
     scaled = analysed.latent * model.gain(quality)[:, None, None]
+    index = _width(scaled[:, :rows, :columns], model.widths)
+    scaled = narrow(scaled, model.widths[index])
 
     def choose(step: int, tables: NDArray[np.uint8], mean: NDArray[np.int16]) -> NDArray[np.int16]:
         rest = prior.gather(scaled, step)
@@ -96,10 +138,23 @@ def _once(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
         rests.append(rest)
         return symbols
 
-    height, width = analysed.pixels.shape[:2]
-    _, rows, columns = model.latent.shape(width, height)
-    y, latent = prior.walk(model, quality, z, rows, columns, choose)
-    return Symbols(y, z, parts, latent, rests)
+    y, latent = prior.walk(model, quality, z, rows, columns, index, choose)
+    return Symbols(y, z, index, parts, latent), rests
+
+
+def _width(scaled: NDArray[np.float32], widths: tuple[int, ...]) -> int:
+    """Index of the smallest width that loses next to nothing of a latent times gain (C, rows, columns)."""
+    quarters = scaled.reshape(4, -1, *scaled.shape[1:])
+    room = _NOTHING * quarters[0, 0].size
+    for index, width in reversed(list(enumerate(widths[:-1]))):
+        for quarter in quarters:
+            size = abs(quarter[width : widths[index + 1]])
+            size = size[size > 0.5]
+            # Bits that the error of leaving them out is worth, less the bits that they would take.
+            room -= float(np.maximum((2 * size - 1) * _WORTH - _RARE, 0).sum())
+        if room < 0:
+            return index + 1
+    return 0
 
 
 def _rounded(values: NDArray[np.float32], tables: NDArray[np.uint8], model: Model) -> NDArray[np.int16]:
@@ -128,14 +183,15 @@ def _best(analysed: Analysed, quality: float) -> Symbols:
     """The better of every step that was tried, by bits + lambda * squared error."""
     model = analysed.model
     weight = model.weight_of_error(quality) / 3  # of the error summed over red, green and blue
-    gain = model.gain(quality)[:, None, None]
+    gain, inverse = model.gain(quality)[:, None, None], model.inverse_gain(quality)[:, None, None]
 
     def judge(latent: NDArray[np.float32]) -> tuple[float, Symbols, NDArray[np.float32]]:
         """The sum to make small, the symbols, and the direction in which it grows, in symbols."""
-        symbols = _once(replace(analysed, latent=latent), quality, "default")
-        error, slope = model.error_slope(dequantise(model, quality, symbols.latent), analysed.pixels)
-        slope *= weight * model.inverse_gain(quality)[:, None, None]
-        slope += _rate_slope(symbols, model)
+        symbols, rests = _once(replace(analysed, latent=latent), quality, "default")
+        coded = widen(symbols.latent, len(latent))
+        error, slope = model.error_slope(coded * (inverse * np.float32(1 / prior.FINE)), analysed.pixels)
+        slope *= weight * inverse
+        slope += widen(_rate_slope(symbols, rests, model), len(slope))
         bits = sum(entropy.ideal_bits(*part, model.tables) for part in symbols.parts)
         return bits + weight * error, symbols, slope
 
@@ -153,12 +209,12 @@ def _best(analysed: Analysed, quality: float) -> Symbols:
     return best
 
 
-def _rate_slope(symbols: Symbols, model: Model) -> NDArray[np.float32]:
-    """How the bits of the latent's symbols grow with it, tables held: (C, h, w) bits for each step of a symbol."""
+def _rate_slope(symbols: Symbols, rests: list[NDArray[np.float32]], model: Model) -> NDArray[np.float32]:
+    """How the bits of the latent's symbols grow with it, tables held: (c, h, w) bits for each step of a symbol."""
     reach = 15
     costs = model.costs(reach)
     out = np.zeros(symbols.latent.shape, np.float32)
-    for step, ((_, tables), rest) in enumerate(zip(symbols.parts[1:], symbols.rest, strict=True)):
+    for step, ((_, tables), rest) in enumerate(zip(symbols.parts[1:], rests, strict=True)):
         below = np.clip(np.floor(rest), -reach, reach - 1).astype(np.intp) + reach
         slope = np.clip(costs[tables, below + 1] - costs[tables, below], -15, 15)
         slope[model.tables.sure_zero[tables] | (abs(rest) > reach)] = 0

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent / "zoo"
 """The models that ship with the package."""
 
-DEFAULT_MODEL = "hourglass-1"
+DEFAULT_MODEL = "hourglass-2"
 
 
 def model_ids(zoo: Path = ZOO) -> list[str]:
@@ -43,11 +43,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_LARGE = 12 << 20
-"""Bytes of one input, from which on a run does not keep its memory."""
+STRIDE = 16
+"""Pixels a side that one position of the latent covers."""
 
 PADDING = 64
 """Pixels a side that one position of the hyper-latent covers; pictures are padded to multiples of it."""
+
+
+_EXPONENT = 60 * 256
+"""Largest magnitude of the exponents of the prior's units, in 1/256 octaves: no product overflows or underflows, and
+6 times that and 5120 is below what the proof takes for `level_offset`."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +66,39 @@ class TensorRule:
     def shape(self, width: int, height: int) -> tuple[int, int, int]:
         return self.channels, -(-height // self.stride), -(-width // self.stride)
 
+    def part(self, tensor: NDArray[np.int16], x: int, y: int, width: int, height: int) -> NDArray[np.int16]:
+        """The view of a rectangle given in pixels, its corner multiples of `stride`."""
+        rows, columns = self.shape(width, height)[1:]
+        top, left = y // self.stride, x // self.stride
+        return tensor[:, top : top + rows, left : left + columns]
+
 
 @dataclass(frozen=True)
 class Units:
-    """Inputs of prior.onnx that depend on the quality; integers, or integers of 9 bits times powers of two."""
+    """Inputs of prior.onnx that depend on quality and width; integers, or integers of 9 bits times powers of two.
 
+    known_unit: for `known_of`. mean_unit, level_offset, known_unit: for each step in its order.
+    """
+
+    width: NDArray[np.int64]
     quality: NDArray[np.float32]
     hyper_unit: NDArray[np.float32]
-    known_unit: NDArray[np.float32]
-    mean_unit: NDArray[np.float32]
-    level_offset: NDArray[np.float32]
+    known_unit: list[NDArray[np.float32]]
+    mean_unit: list[NDArray[np.float32]]
+    level_offset: list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Dequantised latents of a rectangle and of what lies around it, and which of them are the rectangle's.
+
+    core (1, c, h, w) float32. rest (1, r, h, w) float32, or (1, r, 1, 1) where it is all zero. keep: first and last
+    row, first and last column (exclusive).
+    """
+
+    core: NDArray[np.float32]
+    rest: NDArray[np.float32]
+    keep: tuple[int, int, int, int]
 
 
 class Model:
@@ -94,8 +122,11 @@ class Model:
         try:
             self.manifest: dict[str, Any] = json.loads((self._folder / "manifest.json").read_text())
             self.tensors = tuple(TensorRule(**rule) for rule in self.manifest["code"])
-            self.latent, self.hyper = self.tensors
+            self.latent, self.hyper, self.tile = self.tensors
+            self.widths = tuple(int(width) for width in self.manifest["widths"])
+            self.halo = int(self.manifest["halo"])
             network = self.manifest["network"]
+            self.core = int(network["core"]) // 4
             self._features, self._lambdas = network["features"], (network["lambda_low"], network["lambda_high"])
             self._sha256: dict[str, str] = dict(self.manifest["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as exc:
@@ -106,8 +137,8 @@ class Model:
         with np.load(io.BytesIO(self._file("tables.npz")), allow_pickle=False) as arrays:
             numbers = {name: arrays[name] for name in arrays.files}
         # What the proof of exactness takes for granted of the prior's inputs.
-        exponents = numbers["latent_exponent"]
-        if numbers["mantissa"].max() > exactness.MANTISSA or 6 * abs(exponents).max() + 5120 > exactness.OFFSET:
+        largest = max(abs(numbers[name]).max() for name in ("latent_exponent", "hyper_exponent"))
+        if numbers["mantissa"].max() > exactness.MANTISSA or largest > _EXPONENT:
             raise ModelError(f"tables.npz of model {self.id!r} has units that prior.onnx is not exact for; reinstall")
         return numbers
 
@@ -161,8 +192,8 @@ class Model:
         part = np.float32(place - low)
         return np.asarray(np.exp(rows[low] * (1 - part) + rows[low + 1] * part), np.float32)
 
-    def units(self, quality: float) -> Units:
-        """The prior's inputs that depend on quality alone, from integers, the same on every machine."""
+    def units(self, quality: float, width: int) -> Units:
+        """The prior's inputs that depend on quality and width alone, from integers, the same on every machine."""
         numbers = self._numbers
         per_unit = _interpolate(numbers["latent_exponent"], quality)  # 256 * log2 of symbols per unit
         per_hyper = _interpolate(numbers["hyper_exponent"], quality)
@@ -172,12 +203,15 @@ class Model:
         part = (_hundredths(quality) - low * spacing) * 32 // spacing
         weights = np.zeros(anchors, np.float32)
         weights[low], weights[low + 1] = 32 - part, part
+        quarters = per_unit.reshape(4, -1)[:, : self.widths[width]]
+        orders = [np.concatenate([quarters[step ^ phase] for phase in range(4)]) for step in range(4)]
         return Units(
+            width=np.array(width, np.int64),
             quality=weights.reshape(1, -1, 1, 1),
             hyper_unit=self._power(-per_hyper, 5),
-            known_unit=self._power(-per_unit, 2),
-            mean_unit=self._power(per_unit, -5),
-            level_offset=(6 * per_unit + 5120).astype(np.float32)[:, None, None],
+            known_unit=[self._power(-order, 2) for order in orders],
+            mean_unit=[self._power(order, -5) for order in orders],
+            level_offset=[(6 * order + 5120).astype(np.float32)[:, None, None] for order in orders],
         )
 
     def _power(self, exponent: NDArray[np.int64], shift: int) -> NDArray[np.float32]:
@@ -185,33 +219,47 @@ class Model:
         mantissa = self._numbers["mantissa"][exponent % 256]
         return np.ldexp(mantissa.astype(np.float32), (exponent // 256 + shift - 8).astype(np.int32))[:, None, None]
 
-    def analyse(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Analysis transforms: (H, W, 3) uint8 -> latent (C, 4 h, 4 w) and hyper-latent (Z, h, w), float32.
+    def analyse(
+        self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Analysis transforms of a rectangle of a picture (H, W, 3) uint8 -> latent (C, 4 h, 4 w) and hyper-latent
+        (Z, h, w), float32.
 
-        h = ceil(H / 64), w = ceil(W / 64): the picture is padded with its last row and column.
+        x, y: its corner, multiples of PADDING. h = ceil(height / 64), w = ceil(width / 64): where the picture ends it
+        is padded with its last row and column.
         """
-        latent, hyper = self._run("encoder.onnx", {"image": _padded(pixels)[None]})
+        halo = self.halo * STRIDE
+        bottom, right = y + height + -height % PADDING, x + width + -width % PADDING
+        top, left = max(y - halo, 0), max(x - halo, 0)
+        # Beyond the rectangle only what the picture has, in whole positions.
+        low = max(bottom, min(bottom + halo, pixels.shape[0] // STRIDE * STRIDE))
+        far = max(right, min(right + halo, pixels.shape[1] // STRIDE * STRIDE))
+        part = pixels[top:low, left:far]
+        missing = (low - top - part.shape[0], far - left - part.shape[1])
+        if any(missing):
+            part = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+        keep = np.array([y - top, bottom - top, x - left, right - left], np.int64) // STRIDE
+        latent, hyper = self._run("encoder.onnx", {"image": np.ascontiguousarray(part)[None], "keep": keep})
         return latent[0], hyper[0]
 
     def step(
         self, step: int, z: NDArray[np.int16], known: NDArray[np.int16], features: NDArray[np.float32], units: Units
     ) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.float32]]:
-        """One step of the prior: levels uint8 and means int16 in 1/16 symbols, both (C, h/2, w/2), phase by phase.
+        """One step of the prior: levels uint8 and means int16 in 1/16 symbols, both (c, h/2, w/2), phase by phase.
 
-        z: hyper-latent (Z, h/4, w/4). known: latent so far in 1/16 symbols (C, h, w), 0 where unknown.
-        features: what step 0 gives as its third result; `no_features` at step 0.
+        z: hyper-latent (Z, h/4, w/4). known: latent so far in the prior's units (c, h, w), 0 where unknown, c = 4 times
+        the width of `units`. features: what step 0 gives as its third result; `no_features` at step 0.
         """
-        order = self._order[step]
         inputs: dict[str, NDArray[Any]] = {
             "step": np.array(step, np.int64),
+            "width": units.width,
             "z": z[None],
             "known": known[None],
             "features_before": features,
             "quality": units.quality,
             "hyper_unit": units.hyper_unit,
-            "known_unit": units.known_unit,
-            "mean_unit": units.mean_unit[order],
-            "level_offset": units.level_offset[order],
+            "mean_unit": units.mean_unit[step],
+            "level_offset": units.level_offset[step],
         }
         level, mean, features = self._run("prior.onnx", inputs)
         return level[0], mean[0], features
@@ -219,12 +267,6 @@ class Model:
     @cached_property
     def no_features(self) -> NDArray[np.float32]:
         return np.zeros((1, self._features, 1, 1), np.float32)
-
-    @cached_property
-    def _order(self) -> list[NDArray[np.intp]]:
-        """For each step the channels that it codes, phase by phase."""
-        quarters = np.arange(self.latent.channels).reshape(4, -1)
-        return [np.concatenate([quarters[step ^ phase] for phase in range(4)]) for step in range(4)]
 
     def weight_of_error(self, quality: float) -> float:
         """lambda: bits for each pixel that one unit of mean squared error (0..255 scale) was worth in training."""
@@ -242,29 +284,26 @@ class Model:
         error, slope = self._run("gradient.onnx", {"latent": latent[None], "image": image[None], "inside": inside})
         return float(error), slope[0]
 
-    def synthesise(self, latent: NDArray[np.float32], width: int, height: int) -> NDArray[np.uint8]:
-        """Synthesis transform: latent (C, h, w) float32 -> (height, width, 3) uint8."""
-        (pixels,) = self._run("decoder.onnx", {"latent": latent[None]})
-        return np.ascontiguousarray(pixels[0, :height, :width])
+    def synthesise(self, patch: Patch) -> NDArray[np.uint8]:
+        """Synthesis transform: (16 rows, 16 columns, 3) uint8 of the positions to keep."""
+        inputs: dict[str, NDArray[Any]] = {
+            "core": patch.core,
+            "rest": patch.rest,
+            "rest_end": np.array(1 if patch.rest.shape[2:] == (1, 1) else 1 << 31, np.int64),
+            "keep": np.array(patch.keep, np.int64),
+        }
+        (pixels,) = self._run("decoder.onnx", inputs)
+        decoded: NDArray[np.uint8] = pixels[0]
+        return decoded
 
     def _run(self, file: str, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         session = self._sessions.get(file) or self._open(file)
         try:
-            results: list[NDArray[Any]] = session.run(None, inputs, self._options(inputs))
+            results: list[NDArray[Any]] = session.run(None, inputs)
         except Exception as exc:  # onnxruntime's exceptions share no public base class
             shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
             raise HourglassError(f"{file} of model {self.id!r} failed on {shapes}: {exc}") from exc
         return results
-
-    @staticmethod
-    def _options(inputs: dict[str, NDArray[Any]]) -> ort.RunOptions:
-        """After a large picture onnxruntime's memory is given back; after a small one it waits for the next."""
-        import onnxruntime as ort
-
-        options = ort.RunOptions()
-        if max(value.nbytes for value in inputs.values()) > _LARGE:
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        return options
 
     def _open(self, file: str) -> ort.InferenceSession:
         import onnxruntime as ort

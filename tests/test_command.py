@@ -32,7 +32,7 @@ def _flipped(data: bytes, place: int) -> bytes:
 
 def _bad_files(good: bytes) -> dict[str, tuple[list[str], bytes | None, str]]:
     """name -> arguments before it, content (None: no such file), what the message must say."""
-    stranger = container.write("stranger-9", 8, 8, 50, {container.CODE: bytes(8)})
+    stranger = container.write("stranger-9", 8, 8, 50, [(container.CODE, bytes(8))])
     return {
         "missing.png": ([], None, "No such file or directory"),
         "missing.hgc": (["-d"], None, "No such file or directory"),
@@ -75,7 +75,7 @@ def test_bad_input(name: str, remote: bool, good: bytes, address: str, tmp_path:
         (["-q", "high", "p.png"], "high"),
         ([], "Missing argument"),
         (["--nonsense", "p.png"], "--nonsense"),
-        (["--model", "no-such-model", "p.png"], "no model 'no-such-model' is installed; known models: hourglass-1"),
+        (["--model", "no-such-model", "p.png"], "no model 'no-such-model' is installed; known models: hourglass-2"),
         (["-d", "p.hgc", "-o", "out.xyz"], "suffix '.xyz'"),
         (["-d", "--metrics", "p.hgc"], "--metrics"),
         (["-l", "-o", "x", "p.hgc"], "-l"),
@@ -129,7 +129,7 @@ def test_one_line_for_each_picture(parrots: Path, tmp_path: Path) -> None:
 
 def test_list(good: bytes, tmp_path: Path, codec: Codec) -> None:
     (tmp_path / "p.hgc").write_bytes(good)
-    assert b"p.hgc: 768x512, quality 20, model hourglass-1, " in run("-l", "p.hgc", cwd=tmp_path).stdout
+    assert b"p.hgc: 768x512, quality 20, model hourglass-2, " in run("-l", "p.hgc", cwd=tmp_path).stdout
     row = json.loads(run("-l", "--json", "p.hgc", cwd=tmp_path).stdout)
     header = codec.read_header(good)
     assert (row["model"], row["quality"], row["bytes"]) == (header.model, header.quality, len(good))

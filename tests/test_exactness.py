@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from hourglass.codec import Codec, errors, exactness, image, runtime
+from hourglass.codec.quantise import narrow, widen
 from hourglass.codec.train.export import load_checkpoint
 from hourglass.codec.train.graphs import PriorGraph, kmacs
 
@@ -42,10 +43,10 @@ def _inputs(shape: tuple[int, int], step: int, quality: float, seed: int = 0) ->
     model = runtime.Model(runtime.DEFAULT_MODEL)
     rng = np.random.default_rng([*shape, step, seed])
     height, width = shape
+    units = model.units(quality, index := (step + height) % 3)
+    channels = 4 * model.widths[index]
     z = rng.normal(0, rng.choice([1, 20, 3000]), (model.hyper.channels, height, width))
-    known = rng.normal(0, 1, (model.latent.channels, 4 * height, 4 * width)) * 2 ** rng.uniform(
-        0, 16, (model.latent.channels, 1, 1)
-    )
+    known = rng.normal(0, 1, (channels, 4 * height, 4 * width)) * 2 ** rng.uniform(0, 16, (channels, 1, 1))
     captured: Inputs = {}
 
     def run(_file: str, inputs: Inputs) -> list[NDArray[Any]]:
@@ -57,9 +58,9 @@ def _inputs(shape: tuple[int, int], step: int, quality: float, seed: int = 0) ->
     features = model.no_features
     if step:  # what step 0 gives
         plain = _onnxruntime(LEVELS[0], 1)
-        model.step(0, as_int16[0], as_int16[1], features, model.units(quality))
+        model.step(0, as_int16[0], as_int16[1], features, units)
         features = plain(captured)[2]
-    model.step(step, as_int16[0], as_int16[1], features, model.units(quality))
+    model.step(step, as_int16[0], as_int16[1], features, units)
     return captured
 
 
@@ -78,8 +79,14 @@ def torch_prior() -> PriorGraph:
 
 
 def _torch(prior: PriorGraph, inputs: Inputs, dtype: torch.dtype) -> list[NDArray[Any]]:
-    tensors = {name: torch.from_numpy(value).to(dtype) for name, value in inputs.items() if name != "step"}
-    level, mean = prior.to(dtype)(int(inputs["step"]), tensors)
+    """The layers know nothing of widths: they get zeros for the channels that are not there."""
+    model = runtime.Model(runtime.DEFAULT_MODEL)
+    count = model.widths[int(inputs["width"])]
+    wide = dict(inputs, known=widen(inputs["known"][0], model.latent.channels)[None])
+    wide |= {name: widen(inputs[name], model.latent.channels) for name in ("mean_unit", "level_offset")}
+    tensors = {name: torch.from_numpy(wide[name]).to(dtype) for name in inputs if name not in ("step", "width")}
+    results = prior.to(dtype)(int(inputs["step"]), tensors)
+    level, mean = (torch.from_numpy(narrow(result[0].numpy(), count))[None] for result in results)
     return [level.numpy().astype(np.uint8), mean.numpy().astype(np.int16)]
 
 
@@ -167,12 +174,17 @@ def test_bounds_hold(reference: list[tuple[Inputs, list[NDArray[Any]]]]) -> None
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     bounds = np.array(exactness.bounds(PRIOR.read_bytes())["hyper.widen.z"])
+    constants = {
+        tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in _hyper_synthesis(onnx.load(PRIOR)).initializer
+    }
+    nodes = {node.output[0]: node for node in branch.node}
+    scale = constants[nodes[nodes["hyper.widen.z"].input[1]].input[1]].reshape(-1, 1, 1)
     for inputs, _ in reference:
         given = {name: inputs[name] for name in ("z", "hyper_unit", "quality")}
         (accumulator,) = session.run(["hyper.widen.z"], given)
-        largest = abs(accumulator[0]).max((1, 2))
-        assert (largest <= bounds).all()
-        assert (accumulator == np.rint(accumulator)).all()
+        integers = accumulator[0] / scale
+        assert (abs(integers).max((1, 2)) <= bounds).all()
+        assert (integers == np.rint(integers)).all()
 
 
 def _changed(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
@@ -199,7 +211,8 @@ def _weights(model: onnx.ModelProto, name: str, array: NDArray[Any]) -> None:
     """Replace the weights of a convolution of the hyper-synthesis."""
     graph = _hyper_synthesis(model)
     (node,) = (node for node in graph.node if node.name == name)
-    (cast,) = (cast for cast in graph.node if cast.output[0] == node.input[1])
+    (scaled,) = (scaled for scaled in graph.node if scaled.output[0] == node.input[1])
+    (cast,) = (cast for cast in graph.node if cast.output[0] == scaled.input[0])
     (tensor,) = (tensor for tensor in graph.initializer if tensor.name == cast.input[0])
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
 
@@ -247,9 +260,53 @@ def _late_clip(model: onnx.ModelProto) -> None:
     bound.CopyFrom(onnx.numpy_helper.from_array(np.array(5000, np.float32), bound.name))
 
 
+def _scale_of(model: onnx.ModelProto, operand: int) -> onnx.TensorProto:
+    """The powers of two that the weights (1) or the bias (2) of a convolution are multiplied by."""
+    graph = _hyper_synthesis(model)
+    (node,) = (node for node in graph.node if node.name == "hyper.widen2")
+    (scaled,) = (scaled for scaled in graph.node if scaled.output[0] == node.input[operand])
+    return next(tensor for tensor in graph.initializer if tensor.name == scaled.input[1])
+
+
+def _change_scale(factor: float, *operands: int) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        for operand in operands:
+            tensor = _scale_of(model, operand)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * factor, tensor.name))
+
+    return change
+
+
+def _shallow_clip(model: onnx.ModelProto) -> None:
+    """The output `level` may be negative, which a cast to uint8 does not keep."""
+    (cast,) = (node for node in model.graph.node if node.output[0] == "level")
+    (clip,) = (node for node in model.graph.node if node.output[0] == cast.input[0])
+    bound = next(tensor for tensor in model.graph.initializer if tensor.name == clip.input[1])
+    bound.CopyFrom(onnx.numpy_helper.from_array(np.array(-63, np.float32), bound.name))
+
+
+def _no_clip(model: onnx.ModelProto) -> None:
+    """An offset of any size is added to what comes straight from a convolution."""
+    graph = _hyper_synthesis(model)
+    next(node for node in graph.node if node.op_type == "Add").input[1] = "hyper_unit"
+
+
+def _long_product(model: onnx.ModelProto) -> None:
+    """A factor of 24 bits, after one of 9."""
+    (product,) = (node for node in model.graph.node if node.op_type == "Mul" and node.input[1] == "mean_unit")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(2**20 + 1, np.float32), "odd"))
+    product.input[0] = "odd"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_change_scale(1.5, 1, 2), "scales constants by other than a power of two"),
+        (_change_scale(2.0**90, 1, 2), "scales constants by other than a power of two"),
+        (_change_scale(2, 1), "weights and bias of hyper.widen2 are in different units"),
+        (_shallow_clip, "may not keep what it casts"),
+        (_no_clip, "the sum .* may reach"),
+        (_long_product, "may need more than 24 bits"),
         (_fraction_cast, "may not keep what it casts"),
         (_odd_clip, "clips to"),
         (_late_clip, "may reach|output features"),

@@ -59,8 +59,9 @@ def test_code_is_between(photo: Path, codec: Codec, client: Client) -> None:
     data = codec.encode(photo, quality=40)
     height, width = image.read(photo).shape[:2]
     assert (code.width, code.height, code.quality, code.model) == (width, height, 40, codec.model)
-    assert {name: tensor.dtype for name, tensor in code.tensors.items()} == {"y": np.int16, "z": np.int16}
-    assert code.tensors["y"].shape == (320, -(-height // 16), -(-width // 16))
+    assert {name: tensor.dtype for name, tensor in code.tensors.items()} == dict.fromkeys("yzc", np.dtype(np.int16))
+    assert code.tensors["y"].shape == (512, -(-height // 16), -(-width // 16))
+    assert code.tensors["c"].shape == (1, 1, 1)
     assert code.tensors["z"].shape == (96, -(-height // 64), -(-width // 64))
     assert codec.pack(code) == data
     assert codec.unpack(data) == code
@@ -79,9 +80,12 @@ def test_files_are_near_the_ideal_size(photo: Path, quality: float, codec: Codec
     """Whole files against what the prior's tables say, and what a file has beside that."""
     data = codec.encode(photo, quality=quality)
     tables = codec._model(codec.model).tables
-    ideal = sum(entropy.ideal_bits(*part, tables) for part in codec._unpack(data).parts) / 8
+    (tile,) = codec._unpack(data).tiles
+    ideal = sum(entropy.ideal_bits(*part, tables) for part in tile.parts) / 8
     assert ideal < len(data) < ideal + 64 + 0.002 * ideal
-    assert codec.read_header(data).length + 4 + 4 < 64  # and the symbols' checksum, and the coder's last word
+    assert (
+        codec.read_header(data).length + 4 + 1 + 4 < 64
+    )  # and the symbols' checksum, the width, and the coder's last word
 
 
 def test_sources_of_one_picture_give_one_file(parrots: Path) -> None:

@@ -18,10 +18,12 @@ from hourglass.codec.runtime import Model
 from hourglass.codec.train import loop, prior
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.export import export, load_checkpoint
-from hourglass.codec.train.network import Hourglass, Shape, start_from_pca
+from hourglass.codec.train.network import Hourglass, Shape, start_from_pca, start_rest, unweave, weave
 
 IMAGES = Path(__file__).parent / "images"
-SHAPE = Shape(trunk=32, latent=48, analysis_blocks=(1, 1), synthesis_blocks=(1, 1), hyper=16, features=32, hidden=32)
+SHAPE = Shape(
+    trunk=32, latent=48, core=32, analysis_blocks=(1, 1), synthesis_blocks=(1, 1), hyper=16, features=32, hidden=32
+)
 SETTINGS = loop.Settings(steps=24, prior_steps=8, batch=4, crop=64, held_out=2, rate=1e-3)
 CPU = torch.device("cpu")
 
@@ -51,6 +53,7 @@ def test_resumed_run_is_the_same_run(run: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "learning_rate", lambda _, step: REAL_RATE(SETTINGS, step))
         patch.setattr(loop, "is_mixed", lambda _, step: REAL_MIXED(SETTINGS, step))
+        patch.setattr(loop, "mode_of", lambda _, step: REAL_MODE(SETTINGS, step))
         loop.run(state, stopped, pieces, held_out, tmp_path)
     loop.train(IMAGES, tmp_path, SETTINGS, SHAPE, None, CPU)
     whole, _ = load_checkpoint(run / "checkpoint.pt")
@@ -60,7 +63,7 @@ def test_resumed_run_is_the_same_run(run: Path, tmp_path: Path) -> None:
         assert torch.equal(weights, resumed.state_dict()[name]), name
 
 
-REAL_RATE, REAL_MIXED = loop.learning_rate, loop.is_mixed
+REAL_RATE, REAL_MIXED, REAL_MODE = loop.learning_rate, loop.is_mixed, loop.mode_of
 
 
 def test_checkpoint_of_another_shape_is_refused(run: Path) -> None:
@@ -95,15 +98,46 @@ def test_pca_start_is_a_transform_codec() -> None:
     pictures = [torch.from_numpy(image.read(p).copy()).permute(2, 0, 1) for p in sorted(IMAGES.glob("*.png"))]
     x = pictures[2][None, :, :160, :160].float() / 255
     errors_by_width = []
-    for trunk, latent in ((192, 768), (128, 320), (64, 64)):
-        net = Hourglass(Shape(trunk=trunk, latent=latent, analysis_blocks=(1, 1), synthesis_blocks=(1, 1)))
+    for trunk, core, latent in ((192, 640, 768), (128, 256, 320), (64, 40, 64)):
+        net = Hourglass(Shape(trunk=trunk, core=core, latent=latent, analysis_blocks=(1, 1), synthesis_blocks=(1, 1)))
         start_from_pca(net, pictures, torch.Generator().manual_seed(1))
+        start_rest(net, pictures, torch.Generator().manual_seed(1))
         with torch.no_grad():
             back = net.synthesis(net.analysis(x))
         errors_by_width.append(-10 * float(torch.log10((back - x).square().mean())))
     assert errors_by_width[0] > 80
     assert errors_by_width[0] > errors_by_width[1] > 35
     assert errors_by_width[1] > errors_by_width[2] > 22
+
+
+def test_weaving() -> None:
+    """Each quarter of the channels has its share of the core first, then of the others."""
+    core, rest = torch.arange(8.0).reshape(1, 8, 1, 1), torch.arange(100.0, 104).reshape(1, 4, 1, 1)
+    woven = weave(core, rest)
+    assert woven.flatten().tolist() == [0, 1, 100, 2, 3, 101, 4, 5, 102, 6, 7, 103]
+    assert all(torch.equal(a, b) for a, b in zip(unweave(woven, 8), (core, rest), strict=True))
+
+
+def test_a_wider_network_starts_as_the_narrow_one(run: Path) -> None:
+    """The weights of a file, spread over a wider latent: the same picture at first, and more channels to go on with."""
+    pieces, _ = load_pieces(list_training(IMAGES), 64, CPU).split(2)
+    wide = loop.fresh(SETTINGS, replace(SHAPE, latent=64), pieces, CPU, run / "checkpoint.pt").net
+    narrow, _ = load_checkpoint(run / "checkpoint.pt")
+    x = torch.from_numpy(image.read(IMAGES / "motocross.png")[:128, :192].copy()).permute(2, 0, 1)[None].float() / 255
+    quality = torch.tensor([60.0])
+    with torch.no_grad():
+        core = [net.synthesis.core_to_depth(unweave(net.analysis(x), 32)[0]) for net in (narrow, wide)]
+        (a, bits), (b, wider_bits) = (net.code(net.analysis(x), quality, "round") for net in (narrow, wide))
+    assert torch.allclose(*core, atol=1e-5)
+    assert 0.95 * float(bits) < float(wider_bits) < 2 * float(bits)
+    assert float((b - x).square().mean()) < 1.05 * float((a - x).square().mean())
+
+
+def test_the_encoders_choices() -> None:
+    """Symbols that cost more than they are worth go one step towards 0; cheap or large ones stay."""
+    level = torch.tensor([6.0, 6.0, 40.0, 6.0])
+    assert prior.chosen(torch.tensor([0.51, 0.95, 1.6, 5.51]), level).tolist() == [0, 1, 2, 6]
+    assert prior.chosen(torch.tensor([-0.51, -0.95, -1.6, -5.51]), level).tolist() == [0, -1, -2, -6]
 
 
 def test_prior_is_a_distribution() -> None:
@@ -171,10 +205,10 @@ def test_exported_graphs_are_the_network(run: Path, zoo: Path) -> None:
     x = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
         y = net.analysis(x)
-        latent, hyper = model.analyse(picture)
+        latent, hyper = model.analyse(picture, 0, 0, 117, 75)
         assert np.allclose(latent, y[0], atol=1e-4)
         assert np.allclose(hyper, net.hyper(y)[0], atol=1e-4)
-        decoded, bits = net.code(y, torch.tensor([70.0]), noisy=False)
+        decoded, bits = net.code(y, torch.tensor([70.0]), "round")
     data = codec.encode(padded, quality=70, effort="fast")
     pixels = (decoded[0].permute(1, 2, 0) * 255 + 0.5).floor().numpy()
     difference = abs(codec.decode(data) - pixels)

@@ -37,6 +37,7 @@ def main() -> None:
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all]")
 @click.option("--latent", default=Shape.latent, show_default=True, help="Channels of the code.")
 @click.option("--trunk", default=Shape.trunk, show_default=True, help="Channels at 1/8 resolution.")
+@click.option("--core", type=click.IntRange(4), help="Those of them that the blocks see. [default: five eighths]")
 @click.option(
     "--analysis-blocks",
     nargs=2,
@@ -52,11 +53,21 @@ def main() -> None:
     "--prior-steps", default=_DEFAULTS.prior_steps, show_default=True, help="First steps, for the prior alone."
 )
 @click.option("--rate", default=_DEFAULTS.rate, show_default=True, help="Highest learning rate.")
+@click.option(
+    "--settle", default=_DEFAULTS.settle, show_default=True, help="Last part of the run with the encoder's choices."
+)
 @click.option("--precise", default=_DEFAULTS.precise, show_default=True, help="Last part of the run in float32.")
 @click.option(
     "--weights", "start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Weights to start from."
 )
 @click.option("--seed", default=_DEFAULTS.seed, show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Fuse operations by torch.compile: faster after minutes.")
+@click.option(
+    "--varied",
+    default=_DEFAULTS.varied,
+    show_default=True,
+    help="Share of crops made smaller, and share made more colourful.",
+)
 def run(
     folder: Path,
     out: Path,
@@ -65,8 +76,10 @@ def run(
     threads: int | None,
     latent: int,
     trunk: int,
+    core: int | None,
     analysis_blocks: tuple[int, int],
     start: Path | None,
+    compiled: bool,
     **settings: Any,
 ) -> None:
     """Train on the pictures in FOLDER. Started again with the same --out it goes on where it stopped."""
@@ -74,8 +87,8 @@ def run(
         raise errors.InvalidArgument(f"--crop is {settings['crop']}; expected a multiple of {runtime.PADDING}")
     if threads:
         torch.set_num_threads(threads)
-    shape = Shape(latent=latent, trunk=trunk, analysis_blocks=analysis_blocks)
-    loop.train(folder, out, loop.Settings(**settings), shape, tier, _device(device), start)
+    shape = Shape(latent=latent, core=core or latent * 5 // 32 * 4, trunk=trunk, analysis_blocks=analysis_blocks)
+    loop.train(folder, out, loop.Settings(**settings), shape, tier, _device(device), start, compiled)
 
 
 @main.command()

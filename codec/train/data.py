@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hourglass.codec import errors, image
 
@@ -34,14 +35,21 @@ class Pieces:
         return len(self.pixels)
 
     def crops(
-        self, count: int, side: int, generator: torch.Generator, own: slice = slice(None), mirror: bool = True
+        self,
+        count: int,
+        side: int,
+        generator: torch.Generator,
+        own: slice | Tensor = slice(None),
+        mirror: bool = True,
     ) -> Tensor:
         """Random crops, half of them mirrored: (count, C, side, side) float32, values as they are.
 
-        own: which of the `count` to make; the random numbers drawn are those for all.
+        Only of pieces that are large enough. own: which of the `count` to make; the random numbers drawn are those
+        for all.
         """
         device = self.pixels.device
-        which = torch.randint(len(self), (count,), generator=generator)[own].to(device)
+        large = (self.sizes >= side).all(1).nonzero()[:, 0]
+        which = large[torch.randint(len(large), (count,), generator=generator)[own].to(device)]
         place = torch.rand(count, 2, generator=generator)[own].to(device)
         corner = (place * (self.sizes[which] - side + 1)).long()
         along = torch.arange(side, device=device)
@@ -52,6 +60,30 @@ class Pieces:
             columns = torch.where(mirrored, columns.flip(1), columns)
         crops = self.pixels[which[:, None, None], rows[:, :, None], columns[:, None, :]]
         return crops.permute(0, 3, 1, 2).float()
+
+    def varied(self, count: int, side: int, generator: torch.Generator, own: slice, share: float) -> Tensor:
+        """`crops` of which a `share` is made smaller, with sharper detail, and a `share` more colourful.
+
+        The colours of the latter are also swapped.
+        """
+        crops = self.crops(count, side, generator, own)
+        smaller, colourful = torch.rand(2, count, generator=generator) < share
+        strength = 1 + torch.rand(count, generator=generator)
+        order = torch.rand(count, 3, generator=generator).argsort(1)
+        members = range(count)[own]
+        wider = side * 4 // 3
+        if bool(smaller.any()) and bool((self.sizes >= wider).all(1).any()):
+            places = [i for i, member in enumerate(members) if smaller[member]]
+            chosen = torch.tensor([members[i] for i in places], dtype=torch.long)
+            wide = self.crops(count, wider, generator, chosen)
+            if places:
+                crops[places] = F.interpolate(wide, (side, side), mode="bilinear", antialias=True)
+        for i, member in enumerate(members):
+            if colourful[member]:
+                mixed = crops[i][order[member].to(crops.device)]
+                grey = mixed.mean(0, keepdim=True)
+                crops[i] = (grey + float(strength[member]) * (mixed - grey)).clamp(0, 255)
+        return crops
 
     def split(self, held_out: int) -> tuple[Pieces, Pieces]:
         """The pieces to train on, and the last `held_out` of full size, to judge by."""

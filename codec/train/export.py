@@ -1,9 +1,9 @@
 """From a checkpoint to a model of the zoo: three ONNX graphs, frozen integer tables, a manifest.
 
 Each scale of the prior's ladder has a table: the symbols counted there over training pictures, smoothed by the density
-that the training assumed. The hyper-latent's tables are static, for each quality (0, 1, ... 100) and channel; these
-distributions are replaced by the nearest (Kullback-Leibler) of those that are left of 255. All are frozen as integers
-with sum 2**16.
+that the training assumed, and then counted again on what the encoder chooses with these tables. The hyper-latent's
+tables are static, for each quality (0, 1, ... 100) and channel; these distributions are replaced by the nearest
+(Kullback-Leibler) of those that are left of 255. All are frozen as integers with sum 2**16.
 """
 
 from __future__ import annotations
@@ -26,17 +26,31 @@ from tqdm import tqdm
 from hourglass.codec import errors, exactness, image, metrics
 from hourglass.codec.entropy import TOTAL
 from hourglass.codec.pipeline import Codec
-from hourglass.codec.runtime import PADDING
+from hourglass.codec.quantise import Analysed, quantise
+from hourglass.codec.runtime import PADDING, Model
 from hourglass.codec.train import graphs
 from hourglass.codec.train.data import Pieces
 from hourglass.codec.train.network import STRIDE, Hourglass, Shape, hats
 from hourglass.codec.train.prior import LADDER, OCTAVE, bits_of
+
+TILE = 1024
+"""Pixels a side of a tile, which is coded by itself."""
+
+HALO = 1
+"""Positions of the latent around a tile that its analysis and synthesis look at; with 0 there are seams of 0.3 dB, with
+1 none, with 2 and 4 no fewer."""
 
 REACH = 255
 """Largest magnitude that a table may hold; beyond it symbols are escaped."""
 
 SURE_ZERO = 1e-4
 """A channel whose symbols are other than 0 more rarely than this is not coded at that quality."""
+
+LEVEL_ZERO = 1e-3
+"""The same for a level of the ladder: what is rarely other than 0 costs more time than it is worth."""
+
+RECOUNTS = 2
+"""How often the tables are counted again on what the encoder chooses with those before."""
 
 SMOOTHING = 300.0
 """Weight of the learned density, in symbols, against the counted ones."""
@@ -76,22 +90,35 @@ def export(
         folder = Path(temporary) / model_id
         folder.mkdir()
         graphs.write(net, folder)
-        np.savez_compressed(folder / "tables.npz", allow_pickle=False, **freeze(net, pieces))
+        numbers = freeze(net, pieces)
+        np.savez_compressed(folder / "tables.npz", allow_pickle=False, **numbers)
         manifest: dict[str, Any] = {
             "id": model_id,
             "code": [
                 {"name": "y", "channels": net.shape.latent, "stride": STRIDE},
                 {"name": "z", "channels": net.shape.hyper, "stride": PADDING},
+                {"name": "c", "channels": 1, "stride": TILE},
             ],
+            "halo": HALO,
+            "widths": graphs.widths(net.shape),
             "code_shape": "each tensor: (channels, ceil(height / stride), ceil(width / stride)) int16",
             "quality": {"lowest": 0, "highest": 100, "step": 0.01},
             "network": net.shape.as_dict(),
             "kmac_per_pixel": graphs.kmacs(folder),
             "exactness": exactness.bounds((folder / "prior.onnx").read_bytes()),
             "training": training,
-            "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
+            "sha256": {},
         }
-        _write_json(manifest, folder / "manifest.json")
+        for turn in range(RECOUNTS + 1):
+            manifest["sha256"] = {
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(folder.iterdir())
+                if path.name != "manifest.json"
+            }
+            _write_json(manifest, folder / "manifest.json")
+            if turn < RECOUNTS:
+                numbers |= recount(Model(model_id, Path(temporary), 1), pieces)
+                np.savez_compressed(folder / "tables.npz", allow_pickle=False, **numbers)
         manifest["measured"] = measure(Codec(model_id, zoo=Path(temporary)), list(measure_on))
         _write_json(manifest, folder / "manifest.json")
         shutil.move(folder, target)
@@ -103,7 +130,7 @@ def freeze(net: Hourglass, pieces: Pieces, count: int = 300) -> dict[str, NDArra
     """The arrays of tables.npz: tables and which of them is used where, gains, and the prior's integer units."""
     counts, hyper = _count(net, pieces, count)
     levels = np.stack([_ladder_distribution(row, level) for level, row in enumerate(counts)])
-    coded = 1 - levels[:, REACH] >= SURE_ZERO
+    coded = 1 - levels[:, REACH] >= LEVEL_ZERO
     rows = np.concatenate([_distribution(net, hyper, quality) for quality in tqdm(range(101), desc="counting")])
     sure = 1 - rows[:, REACH] < SURE_ZERO
     index = np.zeros(len(rows), np.uint8)
@@ -180,6 +207,37 @@ def _distribution(net: Hourglass, z: Tensor, quality: int) -> _Floats:
     return np.asarray(torch.cat([inside, beyond], 1))
 
 
+def recount(model: Model, pieces: Pieces, count: int = 300) -> dict[str, NDArray[Any]]:
+    """The frequencies of a model's tables, counted again on the symbols that its encoder chooses with them."""
+    tables = model.tables
+    counts = [np.zeros(len(tables.frequencies_of(table))) for table in range(len(tables))]
+    generator = np.random.default_rng(1)
+    pictures = list(zip(pieces.pixels[:count].numpy(), pieces.sizes[:count].tolist(), strict=True))
+    for pixels, (height, width) in tqdm(pictures, desc="recounting"):
+        picture = pixels[:height, :width]
+        analysed = Analysed(model, picture, *model.analyse(picture, 0, 0, width, height))
+        for part in range(4):
+            quality = round(float(25 * (part + generator.random())), 2)
+            for symbols, index in quantise(analysed, quality, "default").parts:
+                for table in np.unique(index):
+                    entry = symbols[index == table].astype(np.int64) - tables.first[table]
+                    last = len(counts[table]) - 1
+                    entry[(entry < 0) | (entry > last)] = last
+                    counts[table] += np.bincount(entry, minlength=last + 1)
+    ladder = set(model.level_tables.tolist())
+    frequencies = []
+    for table, counted in enumerate(counts):
+        if len(counted) > 1:
+            if table in ladder:  # symmetric
+                counted[:-1] = (counted[:-1] + counted[-2::-1]) / 2
+            smooth = tables.frequencies_of(table) / TOTAL
+            entries = _whole((counted + SMOOTHING * smooth) / (counted.sum() + SMOOTHING))
+            frequencies.append(entries.astype(np.uint32))
+        else:
+            frequencies.append(tables.frequencies_of(table))
+    return {"frequencies": np.concatenate(frequencies)}
+
+
 def _share(distributions: _Floats, count: int) -> tuple[NDArray[np.intp], _Floats]:
     """k-means under Kullback-Leibler divergence: for each row its centre's number from 1, and the centres."""
     entropy = -(distributions * np.log(distributions + 1e-12)).sum(1)
@@ -205,9 +263,14 @@ def _to_integers(distribution: _Floats) -> tuple[int, NDArray[np.int64]]:
     low, high = int(kept[0]), int(kept[-1])
     probabilities = distribution[low : high + 1]
     escape = max(1 - probabilities.sum(), 1 / TOTAL)
-    entries = np.maximum(1, np.rint(np.append(probabilities, escape) * TOTAL)).astype(np.int64)
+    return low - REACH, _whole(np.append(probabilities, escape))
+
+
+def _whole(probabilities: _Floats) -> NDArray[np.int64]:
+    """Positive integers with sum TOTAL."""
+    entries: NDArray[np.int64] = np.maximum(1, np.rint(probabilities * TOTAL)).astype(np.int64)
     entries[entries.argmax()] += TOTAL - entries.sum()
-    return low - REACH, entries
+    return entries
 
 
 def measure(codec: Codec, pictures: list[Path]) -> list[dict[str, float]]:

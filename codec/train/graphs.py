@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,21 @@ from torch.jit._trace import TracerWarning
 from torch.nn import functional as F
 
 from hourglass.codec.train import prior as integers
-from hourglass.codec.train.network import Hourglass
+from hourglass.codec.train.network import Hourglass, Shape, unweave, weave
 from hourglass.codec.train.prior import HYPER, KNOWN, LADDER, PER_OCTAVE, Depthwise, IntegerLayer, Prior, Range
 
 _OPSET = 18
 _INT16 = 32767
 _PART = (1, "channels", "half_height", "half_width")
+_FEATURES = (1, "features", "features_rows", "features_columns")
 
 
 class EncoderGraph(nn.Module):
-    """image (1, H, W, 3) uint8, H and W multiples of 64 -> latent (1, C, H/16, W/16), hyper (1, Z, H/64, W/64)."""
+    """image (1, H, W, 3) uint8, keep (4,) int64 -> latent (1, C, h, w), hyper (1, Z, h/4, w/4).
+
+    H and W are multiples of 16. keep: first and last row, first and last column (exclusive) of the latent's H/16 x W/16
+    positions that are wanted, h x w of them, both multiples of 4; the others are only there to be seen by these.
+    """
 
     def __init__(self, net: Hourglass) -> None:
         super().__init__()
@@ -40,17 +46,24 @@ class EncoderGraph(nn.Module):
         self.hyper_analysis = copy.deepcopy(net.hyper_analysis)
         with torch.no_grad():
             self.analysis.to_trunk.weight /= 255  # samples stay 0..255: one pass over the picture less
+            self.analysis.to_rest.weight /= 255
             self.hyper_analysis.narrow.weight *= torch.exp2(-net.prior.log_unit / integers.OCTAVE)[:, None, None]
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         _, height, width, _ = image.shape
         d = image.reshape(1, height // 8, 8, width // 8, 8, 3).permute(0, 5, 2, 4, 1, 3)
         y = self.analysis.from_depth(d.reshape(1, 192, height // 8, width // 8).float())
+        y = y[:, :, keep[0] : keep[1], keep[2] : keep[3]]
         return y, self.hyper_analysis(y)
 
 
 class DecoderGraph(nn.Module):
-    """latent (1, C, h, w) float32 -> image (1, 16 h, 16 w, 3) uint8."""
+    """Dequantised latents -> image (1, H, W, 3) uint8 of the positions in `keep`.
+
+    core (1, c, h, w) float32. rest (1, r, h, w) float32 with rest_end () int64 any large number; or, where it is all
+    zero, zeros (1, r, 1, 1) with rest_end 1, which saves its work. keep (4,) int64: first and last row, first and last
+    column (exclusive) of the positions that are wanted, 16x16 pixels each.
+    """
 
     def __init__(self, net: Hourglass) -> None:
         super().__init__()
@@ -58,11 +71,14 @@ class DecoderGraph(nn.Module):
         last = self.synthesis.from_trunk
         with torch.no_grad():
             last.weight *= 255
+            self.synthesis.from_rest.weight *= 255
             assert last.bias is not None
             last.bias.mul_(255).add_(0.5)  # the cast below truncates
 
-    def forward(self, latent: Tensor) -> Tensor:
-        d = self.synthesis.to_depth(latent).clamp(0, 255).to(torch.uint8)
+    def forward(self, core: Tensor, rest: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
+        d = self.synthesis.core_to_depth(core) + self.synthesis.rest_to_depth(rest)[:, :, :rest_end, :rest_end]
+        keep = 2 * keep
+        d = d[:, :, keep[0] : keep[1], keep[2] : keep[3]].clamp(0, 255).to(torch.uint8)
         _, _, h, w = d.shape
         return d.reshape(1, 3, 8, 8, h, w).permute(0, 4, 2, 5, 3, 1).reshape(1, 8 * h, 8 * w, 3)
 
@@ -81,7 +97,8 @@ class GradientGraph(nn.Module):
 
     def forward(self, latent: Tensor, image: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         net = self.synthesis
-        x, inner = latent, []  # what each SiLU took
+        core, rest = unweave(latent, net.core)
+        x, inner = core, []  # what each SiLU took
         for block in net.coarse:
             x, before = self._through(block, x)
             inner.append(before)
@@ -89,7 +106,7 @@ class GradientGraph(nn.Module):
         for block in net.fine:
             x, before = self._through(block, x)
             inner.append(before)
-        decoded = net.from_trunk(net.overlap(x)) * 255
+        decoded = (net.from_trunk(net.overlap(x)) + F.pixel_shuffle(net.from_rest(rest), 2)) * 255
         _, _, h, w = decoded.shape
         wanted, counted = (
             value.reshape(1, h, 8, w, 8, -1).permute(0, 5, 2, 4, 1, 3).float() for value in (image, inside)
@@ -97,14 +114,16 @@ class GradientGraph(nn.Module):
         error = (decoded.clamp(0, 255).reshape(1, 3, 8, 8, h, w) - wanted) * counted
         error = error.reshape(1, 192, h, w)
         # As in training the gradient passes the clip: a sample beyond the range is pushed back.
-        g = F.conv_transpose2d(error * (2 * 255), net.from_trunk.weight)
+        g = error * (2 * 255)
+        of_rest = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_rest.weight)
+        g = F.conv_transpose2d(g, net.from_trunk.weight)
         g = F.conv_transpose2d(g, net.overlap.weight, padding=1, groups=len(net.overlap.weight))
         for block in reversed(net.fine):
             g = self._back(block, g, inner.pop())
         g = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_latent.weight)
         for block in reversed(net.coarse):
             g = self._back(block, g, inner.pop())
-        return error.square().sum(), g
+        return error.square().sum(), weave(g, of_rest)
 
     @staticmethod
     def _through(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,16 +138,26 @@ class GradientGraph(nn.Module):
         return g + F.conv_transpose2d(inside, block.depthwise.weight, padding=1, groups=len(block.depthwise.weight))
 
 
+def widths(shape: Shape) -> list[int]:
+    """How many channels of each quarter of the latent may be coded: a few, the core, all; ascending."""
+    core = shape.core // 4
+    return sorted({core * 3 // 5, core, shape.latent // 4} - {0})
+
+
 def write(net: Hourglass, folder: Path) -> None:
     """encoder.onnx, prior.onnx, decoder.onnx and gradient.onnx, for pictures of any size."""
     image, latent = torch.zeros(1, 64, 128, 3, dtype=torch.uint8), torch.zeros(1, net.shape.latent, 4, 8)
     pixels, positions = {1: "height", 2: "width"}, {2: "rows", 3: "columns"}
-    _trace(EncoderGraph(net), {"image": image}, folder / "encoder.onnx", {"image": pixels}, ["latent", "hyper"])
-    _trace(DecoderGraph(net), {"latent": latent}, folder / "decoder.onnx", {"latent": positions}, ["image"])
+    whole = {"keep": torch.tensor([0, 4, 0, 8])}
+    _trace(EncoderGraph(net), {"image": image} | whole, folder / "encoder.onnx", {"image": pixels}, ["latent", "hyper"])
+    core, rest = unweave(latent, net.shape.core)
+    parts = {"core": core, "rest": rest, "rest_end": torch.tensor(1 << 31)}
+    ends = {"core": positions, "rest": {2: "rest_rows", 3: "rest_columns"}}
+    _trace(DecoderGraph(net), parts | whole, folder / "decoder.onnx", ends, ["image"])
     both = {"latent": latent, "image": image, "inside": image[..., :1]}
     free = {"latent": positions, "image": pixels, "inside": pixels}
     _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
-    onnx.save(prior(net.prior), folder / "prior.onnx")
+    onnx.save(prior(net.prior, widths(net.shape)), folder / "prior.onnx")
 
 
 def _trace(
@@ -174,36 +203,49 @@ class _Nodes:
     def clip(self, x: str, low: float, high: float) -> str:
         return self.add("Clip", x, self.number(low), self.number(high))
 
-    def convolve(self, name: str, x: str, weight: Tensor, bias: Tensor | None, **attributes: Any) -> str:
-        """Convolution with integer weights (O, I, k, k), stored as int8, and bias, stored as int32."""
-        inputs = [x, self.add("Cast", self.constant(_exact(weight, np.int8)), to=TensorProto.FLOAT)]
+    def convolve(
+        self, name: str, x: str, weight: Tensor, bias: Tensor | None, factor: Tensor | None = None, **attributes: Any
+    ) -> str:
+        """Convolution with integer weights (O, I, k, k), stored as int8, and bias, stored as int32.
+
+        factor (O,): powers of two that each output channel is multiplied by. They go into the weights, which keeps
+        every partial sum exact and saves a pass over the result.
+        """
+
+        def scaled(value: Tensor, dtype: type[np.signedinteger[Any]]) -> str:
+            as_float = self.add("Cast", self.constant(_exact(value, dtype)), to=TensorProto.FLOAT)
+            if factor is None:
+                return as_float
+            scale = factor.detach().numpy().astype(np.float32).reshape(-1, *[1] * (value.dim() - 1))
+            return self.add("Mul", as_float, self.constant(scale))
+
+        inputs = [x, scaled(weight, np.int8)]
         if bias is not None:
-            inputs.append(self.add("Cast", self.constant(_exact(bias, np.int32)), to=TensorProto.FLOAT))
+            inputs.append(scaled(bias, np.int32))
         return self.add("Conv", *inputs, name=self.prefix + name, **attributes)
 
-    def requantise(self, total: str, factor: Tensor, after: Range) -> str:
-        scale = self.constant(factor.detach().numpy().astype(np.float32)[:, None, None])
-        return self.clip(self.add("Floor", self.add("Mul", total, scale)), after.low, after.high)
+    def requantise(self, total: str, after: Range) -> str:
+        """Clip and round down; in this order onnxruntime makes one operator of the convolution and the clip."""
+        return self.add("Floor", self.clip(total, after.low, after.high))
 
-    def layer(self, name: str, x: str, layer: IntegerLayer) -> str:
+    def layer(self, name: str, x: str, layer: IntegerLayer | _Narrow) -> str:
         """A pointwise or depthwise layer."""
         weight, bias, factor = layer.integers()
         attributes: dict[str, Any] = {}
-        if isinstance(layer, Depthwise):
+        if weight.dim() == 4:  # depthwise
             pad = weight.shape[2] // 2
             attributes = {"group": len(weight), "pads": [pad] * 4}
         else:
             weight = weight[:, :, None, None]
-        return self.requantise(self.convolve(name, x, weight, bias, **attributes), factor, layer.after)
+        return self.requantise(self.convolve(name, x, weight, bias, factor, **attributes), layer.after)
 
-    def per_phase(self, name: str, phases: list[str], layer: IntegerLayer) -> str:
+    def per_phase(self, name: str, phases: list[str], layer: IntegerLayer | _Narrow) -> str:
         """A layer with weights of its own for each phase, on the phases of its input."""
-        weight, bias, factor = layer.integers()
         parts = [
-            self.convolve(f"{name}.{p}", x, w[:, :, None, None], b)
-            for p, (x, w, b) in enumerate(zip(phases, weight.chunk(4), bias.chunk(4), strict=True))
+            self.convolve(f"{name}.{p}", x, w[:, :, None, None], b, f)
+            for p, (x, w, b, f) in enumerate(zip(phases, *(v.chunk(4) for v in layer.integers()), strict=True))
         ]
-        return self.requantise(self.add("Concat", *parts, axis=1), factor, layer.after)
+        return self.requantise(self.add("Concat", *parts, axis=1), layer.after)
 
     def phase(self, x: str, p: int) -> str:
         """Every second row and column, from those of phase p."""
@@ -211,11 +253,11 @@ class _Nodes:
         arguments = (start, end, np.array([2, 3]), np.array([2, 2]))
         return self.add("Slice", x, *(self.constant(a.astype(np.int64)) for a in arguments))
 
-    def depthwise_part(self, name: str, x: str, layer: Depthwise, step: int) -> str:
+    def depthwise_part(self, name: str, x: str, layer: Depthwise | _Narrow, step: int) -> str:
         """What a 3x3 depthwise layer gives for the elements that `step` codes, and only these."""
         weight, bias, factor = layer.integers()
         size = len(weight) // 4
-        parts, factors = [], []
+        parts = []
         for p in range(4):
             g = integers.group_of(step, p) * size
             bounds = (np.array([g]), np.array([g + size]), np.array([1]))
@@ -224,9 +266,8 @@ class _Nodes:
             pads = [1 - p // 2, 1 - p % 2, p // 2, p % 2]
             own = slice(g, g + size)
             centres: dict[str, Any] = {"group": size, "strides": [2, 2], "pads": pads}
-            parts.append(self.convolve(f"{name}.{p}", group, weight[own], bias[own], **centres))
-            factors.append(factor[own])
-        return self.requantise(self.add("Concat", *parts, axis=1), torch.cat(factors), layer.after)
+            parts.append(self.convolve(f"{name}.{p}", group, weight[own], bias[own], factor[own], **centres))
+        return self.requantise(self.add("Concat", *parts, axis=1), layer.after)
 
     def enlarge(self, x: str) -> str:
         return self.add("DepthToSpace", x, blocksize=2, mode="DCR")
@@ -244,20 +285,22 @@ def _exact(value: Tensor, dtype: type[np.signedinteger[Any]]) -> NDArray[Any]:
     return converted
 
 
-def prior(net: Prior) -> onnx.ModelProto:
+def prior(net: Prior, widths: list[int]) -> onnx.ModelProto:
     """prior.onnx: what is decoded so far -> tables and means of the elements that `step` codes.
 
-    Inputs, all integers (in float32 but for z, known and step):
-      step (): 0 to 3.
+    There is a branch for each step and each of `widths`; with width n only the first n channels of each quarter of the
+    latent exist, c = 4 n in all.
+
+    Inputs, all integers (in float32 but for z, known, step and width):
+      step (): 0 to 3. width (): 0, 1, ... an index into `widths`.
       z (1, Z, h/4, w/4) int16: symbols of the hyper-latent. hyper_unit (Z, 1, 1): HYPER units per symbol.
       quality (1, anchors, 1, 1): weights of the anchors, in 0..32.
       features_before: `features` as step 0 gave them; (1, F, 1, 1) zeros at step 0.
-      known (1, C, h, w) int16: the latent so far in 1/16 symbols, 0 where unknown; h and w multiples of 4.
-      known_unit (C, 1, 1): KNOWN units per 1/16 symbol.
-      mean_unit (C, 1, 1): 1/16 symbols per MEAN unit, and level_offset (C, 1, 1), in the order of the step.
+      known (1, c, h, w) int16: the latent so far in KNOWN units, 0 where unknown; h and w multiples of 4.
+      mean_unit (c, 1, 1): 1/16 symbols per MEAN unit, and level_offset (c, 1, 1), in the order of the step.
     Outputs:
-      level (1, C, h/2, w/2) uint8, phase by phase: 0..63, the scale of the ladder.
-      mean (1, C, h/2, w/2) int16, phase by phase: 1/16 symbols.
+      level (1, c, h/2, w/2) uint8, phase by phase: 0..63, the scale of the ladder.
+      mean (1, c, h/2, w/2) int16, phase by phase: 1/16 symbols.
       features (1, F, h, w): what hyper-synthesis makes of z and quality, the same at every step.
 
     The `_unit`s are integers of at most 9 bits times powers of two.
@@ -267,38 +310,33 @@ def prior(net: Prior) -> onnx.ModelProto:
     features = "features"
     kept = _Nodes("kept.")
     first = main.add("Equal", "step", main.constant(np.array(0, np.int64)))
-    compute, keep = _hyper_synthesis(net, channels), _graph(kept, [kept.add("Identity", "features_before")])
+    compute, keep = _hyper_synthesis(net, channels), _graph(kept, [kept.add("Identity", "features_before")], _FEATURES)
     main.nodes.append(helper.make_node("If", [first], [features], then_branch=compute, else_branch=keep))
-    scaled = main.add("Mul", main.add("Cast", "known", to=TensorProto.FLOAT), "known_unit")
-    known = main.rounded(scaled, KNOWN.high)
-    steps = [_branch(step, features, known) for step in net.steps if isinstance(step, integers.Step)]
-    pairs = []
-    for pair in (0, 2):
-        inner = _Nodes(f"steps{pair}.")
-        first = inner.add("Equal", "step", inner.constant(np.array(pair, np.int64)))
-        outputs = [f"steps{pair}.mean", f"steps{pair}.level"]
-        inner.nodes.append(
-            helper.make_node("If", [first], outputs, then_branch=steps[pair], else_branch=steps[pair + 1])
-        )
-        pairs.append(_graph(inner, outputs))
-    early = main.add("Less", "step", main.constant(np.array(2, np.int64)))
-    main.nodes.append(
-        helper.make_node("If", [early], ["raw_mean", "raw_level"], then_branch=pairs[0], else_branch=pairs[1])
-    )
+    known = main.clip(main.add("Cast", "known", to=TensorProto.FLOAT), KNOWN.low, KNOWN.high)
+    by_step = [
+        _choose("width", [_branch(step, width, features, known) for width in widths], f"step{step.step}")
+        for step in net.steps
+        if isinstance(step, integers.Step)
+    ]
+    whole = _choose("step", by_step, "steps")
+    main.nodes += whole.node
+    main.constants += whole.initializer
+    for output, name in zip(whole.output, ("raw_mean", "raw_level"), strict=True):
+        main.add("Identity", output.name, name=name)
     mean = main.rounded(main.add("Mul", "raw_mean", "mean_unit"), _INT16)
     main.add("Cast", mean, to=TensorProto.INT16, name="mean")
     level = main.add("Add", main.add("Mul", "raw_level", main.number(PER_OCTAVE)), "level_offset")
     level = main.add("Floor", main.add("Mul", level, main.number(1 / integers.OCTAVE)))
     main.add("Cast", main.clip(level, 0, LADDER - 1), to=TensorProto.UINT8, name="level")
-    latent = len(net.log_unit)
     entries = [
         ("step", TensorProto.INT64, ()),
+        ("width", TensorProto.INT64, ()),
         ("z", TensorProto.INT16, (1, channels, "z_height", "z_width")),
         ("hyper_unit", TensorProto.FLOAT, (channels, 1, 1)),
         ("quality", TensorProto.FLOAT, (1, net.anchors, 1, 1)),
         ("features_before", TensorProto.FLOAT, (1, net.spread2.outputs, "features_height", "features_width")),
-        ("known", TensorProto.INT16, (1, latent, "height", "width")),
-        *((name, TensorProto.FLOAT, (latent, 1, 1)) for name in ("known_unit", "mean_unit", "level_offset")),
+        ("known", TensorProto.INT16, (1, "channels", "height", "width")),
+        *((name, TensorProto.FLOAT, ("channels", 1, 1)) for name in ("mean_unit", "level_offset")),
     ]
     graph = helper.make_graph(
         main.nodes,
@@ -321,29 +359,72 @@ def _hyper_synthesis(net: Prior, channels: int) -> onnx.GraphProto:
     nodes = _Nodes("hyper.")
     z = nodes.rounded(nodes.add("Mul", nodes.add("Cast", "z", to=TensorProto.FLOAT), "hyper_unit"), HYPER.high)
     weight, bias, factor = net.widen.integers()
-    from_z = nodes.convolve("widen.z", z, weight[:, :channels, None, None], bias)
-    from_quality = nodes.convolve("widen.quality", "quality", weight[:, channels:, None, None], None)
-    wide = nodes.requantise(nodes.add("Add", from_z, from_quality), factor, net.widen.after)
+    from_z = nodes.convolve("widen.z", z, weight[:, :channels, None, None], bias, factor)
+    from_quality = nodes.convolve("widen.quality", "quality", weight[:, channels:, None, None], None, factor)
+    wide = nodes.requantise(nodes.add("Add", from_z, from_quality), net.widen.after)
     middle = nodes.layer("spread", nodes.enlarge(wide), net.spread)
-    return _graph(
-        nodes, [nodes.layer("spread2", nodes.enlarge(nodes.layer("widen2", middle, net.widen2)), net.spread2)]
-    )
+    wide = nodes.layer("widen2", middle, net.widen2)
+    return _graph(nodes, [nodes.layer("spread2", nodes.enlarge(wide), net.spread2)], _FEATURES)
 
 
-def _branch(step: integers.Step, features: str, known: str) -> onnx.GraphProto:
-    number = step.step
-    nodes = _Nodes(f"step{number}.")
-    inputs = nodes.add("Concat", features, nodes.layer("spatial", known, step.spatial), axis=1) if number else features
-    hidden = nodes.layer("deepen", nodes.layer("mix", inputs, step.mix), step.deepen)
-    phases = [nodes.phase(hidden, p) for p in range(4)]
-    mean = nodes.per_phase("mean", phases, step.mean)
+def _choose(index: str, branches: list[onnx.GraphProto], prefix: str, first: int = 0) -> onnx.GraphProto:
+    """A graph that does what branch number `index` does, where `branches` are those from number `first` on."""
+    if len(branches) == 1:
+        return branches[0]
+    nodes, half = _Nodes(f"{prefix}."), len(branches) // 2
+    early = nodes.add("Less", index, nodes.constant(np.array(first + half, np.int64)))
+    before = _choose(index, branches[:half], f"{prefix}a", first)
+    after = _choose(index, branches[half:], f"{prefix}b", first + half)
+    outputs = [f"{prefix}.mean", f"{prefix}.level"]
+    nodes.nodes.append(helper.make_node("If", [early], outputs, then_branch=before, else_branch=after))
+    return _graph(nodes, outputs)
+
+
+class _Narrow:
+    """A layer of the prior for the first `width` channels of each quarter of the latent; the others are zero.
+
+    It answers `integers()` as the layer does. before: the layer in front, where it is the inputs that are fewer: they
+    stand behind the features, and what the missing ones would be for zeros goes into the bias.
+    """
+
+    def __init__(self, layer: IntegerLayer, width: int, latent: int, before: IntegerLayer | None = None) -> None:
+        weight, bias, factor = layer.integers()
+        kept = torch.arange(latent).reshape(4, -1)[:, :width].flatten()
+        if before:
+            other = weight.shape[1] - latent
+            _, start, scale = before.integers()
+            start = (start * scale).floor().clamp(before.after.low, before.after.high)
+            start[kept] = 0
+            bias = bias + weight[:, other:] @ start
+            weight = weight[:, torch.cat([torch.arange(other), other + kept])]
+        else:
+            weight, bias, factor = weight[kept], bias[kept], factor[kept]
+        self._integers = weight, bias, factor
+        self.after = layer.after
+
+    def integers(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._integers
+
+
+def _branch(step: integers.Step, width: int, features: str, known: str) -> onnx.GraphProto:
+    number, latent = step.step, step.mean.outputs
+    nodes = _Nodes(f"step{number}.{width}.")
+    inputs: str = features
+    mix: IntegerLayer | _Narrow = step.mix
     if number:
-        mean = nodes.add("Add", mean, nodes.depthwise_part("direct", known, step.direct, number))
-    return _graph(nodes, [mean, nodes.per_phase("scale", phases, step.scale)])
+        spatial = nodes.layer("spatial", known, _Narrow(step.spatial, width, latent))
+        inputs, mix = nodes.add("Concat", features, spatial, axis=1), _Narrow(step.mix, width, latent, step.spatial)
+    hidden = nodes.layer("deepen", nodes.layer("mix", inputs, mix), step.deepen)
+    phases = [nodes.phase(hidden, p) for p in range(4)]
+    mean = nodes.per_phase("mean", phases, _Narrow(step.mean, width, latent))
+    if number:
+        direct = nodes.depthwise_part("direct", known, _Narrow(step.direct, width, latent), number)
+        mean = nodes.add("Add", mean, direct)
+    return _graph(nodes, [mean, nodes.per_phase("scale", phases, _Narrow(step.scale, width, latent))])
 
 
-def _graph(nodes: _Nodes, outputs: list[str]) -> onnx.GraphProto:
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, _PART) for name in outputs]
+def _graph(nodes: _Nodes, outputs: list[str], shape: tuple[int | str, str | int, str, str] = _PART) -> onnx.GraphProto:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in outputs]
     return helper.make_graph(nodes.nodes, f"branch{nodes.prefix}", [], values, nodes.constants)
 
 
@@ -367,7 +448,7 @@ class PriorGraph(nn.Module):
 
         z = (last(inputs["z"] * inputs["hyper_unit"]) + 0.5).floor().clamp(-HYPER.high, HYPER.high)
         features = net.features(z, inputs["quality"][:, :, 0, 0])
-        known = (last(inputs["known"] * inputs["known_unit"]) + 0.5).floor().clamp(-KNOWN.high, KNOWN.high)
+        known = last(inputs["known"]).clamp(KNOWN.low, KNOWN.high)
         mean, scale = net.steps[step](features, known if step else None)
         mean, scale = mean.permute(0, 3, 1, 2), scale.permute(0, 3, 1, 2)
         mean = (mean * inputs["mean_unit"] + 0.5).floor().clamp(-_INT16, _INT16)
@@ -385,40 +466,91 @@ def macs_per_pixel(path: Path) -> dict[str, float]:
     """Multiplications with additions for each pixel of the picture, counted from the shapes in an ONNX file.
 
     All matrix products and convolutions of the graph; of a prior.onnx, which runs four times for a picture, the sum
-    of its four steps. Returned by name of the layer.
+    of its four steps at full width. Returned by name of the layer.
     """
-    side = 256
-    strides = {"image": 1, "latent": 16, "known": 16, "features_before": 16, "z": 64}
-    options = ort.SessionOptions()
-    # With sizes fixed, onnxruntime computes every shape; it fuses nothing that would change a count.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    for entry in onnx.load(path).graph.input:
-        for dimension in entry.type.tensor_type.shape.dim:
-            if dimension.dim_param:
-                options.add_free_dimension_override_by_name(dimension.dim_param, side // strides[entry.name])
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "fixed.onnx")
-        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        graph = onnx.shape_inference.infer_shapes(onnx.load(options.optimized_model_filepath)).graph
-    runs = 4 if any(node.op_type == "If" for node in graph.node) else 1
+    model = onnx.load(path)
+    if not any(node.op_type == "If" for node in model.graph.node):
+        return _macs(model)
+    widths = sorted({_width(branch) for branch in _branches(model.graph)} - {0})
     counts: dict[str, float] = {}
-    _count_macs(graph, {}, runs, side**2, counts)
+    for step in range(integers.STEPS):
+        taken = onnx.ModelProto()
+        taken.CopyFrom(model)
+        _take_branches(taken.graph, {"step": step, "width": len(widths) - 1})
+        counts |= _macs(taken, 4 * widths[-1])
     return counts
 
 
-def _count_macs(
-    graph: onnx.GraphProto, shapes: dict[str, list[int]], runs: int, pixels: int, counts: dict[str, float]
-) -> None:
-    shapes = dict(shapes)
-    for value in [*graph.input, *graph.value_info, *graph.output]:
-        shapes[value.name] = [d.dim_value for d in value.type.tensor_type.shape.dim]
-    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+def _branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """All graphs inside a graph."""
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                _count_macs(attribute.g, shapes, 1, pixels, counts)  # each branch is taken once
+                yield attribute.g
+                yield from _branches(attribute.g)
+
+
+def _width(branch: onnx.GraphProto) -> int:
+    """Channels of each quarter that a branch is for; 0 where it is for none in particular."""
+    parts = branch.name.split(".")
+    return int(parts[1]) if len(parts) > 2 else 0
+
+
+def _take_branches(graph: onnx.GraphProto, index: dict[str, int]) -> None:
+    """Replace every `If` by the branch that is taken when the inputs have the values of `index`, in place."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    conditions = {node.output[0]: node for node in graph.node if node.op_type in ("Equal", "Less")}
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "If":
+            nodes.append(node)
+            continue
+        condition = conditions[node.input[0]]
+        value, bound = index[condition.input[0]], int(constants[condition.input[1]])
+        taken = value == bound if condition.op_type == "Equal" else value < bound
+        (branch,) = (a.g for a in node.attribute if a.name == ("then_branch" if taken else "else_branch"))
+        _take_branches(branch, index)
+        nodes += [*branch.node]
+        nodes += [
+            helper.make_node("Identity", [inner.name], [outer])
+            for inner, outer in zip(branch.output, node.output, strict=True)
+        ]
+        graph.initializer.extend(branch.initializer)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _macs(model: onnx.ModelProto, channels: int = 0) -> dict[str, float]:
+    side = 256
+    strides = {"image": 1, "core": 16, "rest": 16, "known": 16, "features_before": 16, "z": 64}
+    fixed = {"keep": np.array([0, side // 16] * 2), "rest_end": np.array(1 << 31)}
+    graph = model.graph
+    for entry in list(graph.input):
+        if entry.name in fixed:
+            graph.initializer.append(numpy_helper.from_array(fixed[entry.name], entry.name))
+            graph.input.remove(entry)
+        for dimension in entry.type.tensor_type.shape.dim:
+            if dimension.dim_param == "channels":
+                dimension.dim_value = channels
+            elif dimension.dim_param:
+                dimension.dim_value = side // strides[entry.name]
+    options = ort.SessionOptions()
+    # With sizes fixed, onnxruntime computes every shape; it fuses nothing that would change a count.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "fixed.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        graph = onnx.shape_inference.infer_shapes(onnx.load(options.optimized_model_filepath)).graph
+    shapes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in [*graph.input, *graph.value_info, *graph.output]
+    }
+    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    counts: dict[str, float] = {}
+    for node in graph.node:
         if node.op_type == "Conv":
             weight, output = shapes[node.input[1]], shapes[node.output[0]]
-            counts[node.name] = runs * float(np.prod(output)) * float(np.prod(weight[1:])) / pixels
+            counts[node.name] = float(np.prod(output)) * float(np.prod(weight[1:])) / side**2
         elif node.op_type in ("MatMul", "Gemm", "ConvTranspose"):
             raise NotImplementedError(f"{node.op_type} is not counted yet")
+    return counts

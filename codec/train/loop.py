@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ from tqdm import tqdm
 
 from hourglass.codec import errors
 from hourglass.codec.train.data import PIECE, Pieces, list_training, load_pieces
-from hourglass.codec.train.network import STRIDE, Hourglass, Shape, start_from_pca, start_prior
+from hourglass.codec.train.network import STRIDE, Hourglass, Shape, start_from_pca, start_prior, start_rest
+from hourglass.codec.train.prior import Mode
 
 QUALITIES = (0, 25, 50, 75, 100)
 """Qualities at which the held-out pictures are measured."""
@@ -41,7 +43,9 @@ class Settings:
     rate: float = 1.5e-3  # learning rate at its peak; 200 steps of warm-up, then cosine decay to 1/100
     ema: float = 0.9995  # decay of the averaged weights, which are the ones measured and shipped
     clip: float = 1.0  # largest norm of the gradient
-    precise: float = 0.1  # last part of the run in float32; before it bfloat16 where mixed precision is safe
+    settle: float = 0.2  # last part of the run that sees the symbols that the encoder will choose
+    precise: float = 0.03  # last part of the run in float32; before it bfloat16 where mixed precision is safe
+    varied: float = 0.2  # share of crops that are made smaller, and share that are made more colourful
     held_out: int = 16  # pieces kept apart to measure
     seed: int = 1
 
@@ -56,17 +60,18 @@ class State:
     generator: torch.Generator
     latents: Pieces  # of the start, for the steps that train the prior alone
     side: int  # of their crops
+    loss: Callable[[Hourglass, Tensor, Tensor, Mode], Tensor]  # `loss_of`, or what the compiler made of it
     step: int = 0
     seconds: float = 0.0
 
 
-def loss_of(net: Hourglass, x: Tensor, quality: Tensor) -> Tensor:
+def loss_of(net: Hourglass, x: Tensor, quality: Tensor, mode: Mode = "noise") -> Tensor:
     """Mean loss of pictures (B, 3, H, W) at qualities (B,): bpp + lambda * squared error on the 0..255 scale.
 
     Each picture's loss is divided by sqrt(lambda), about its rate: so that one per cent of rate weighs the same
     at every quality, as it does in a BD-rate, and the high qualities do not drown the low ones.
     """
-    x_hat, bits = net(x, quality)
+    x_hat, bits = net(x, quality, mode)
     bpp = bits / (x.shape[2] * x.shape[3])
     error = (x_hat.float() - x).square().mean((1, 2, 3)) * 255**2
     weight = net.weight_of_error(quality)
@@ -74,9 +79,9 @@ def loss_of(net: Hourglass, x: Tensor, quality: Tensor) -> Tensor:
     return loss
 
 
-def rate_of(net: Hourglass, y: Tensor, quality: Tensor) -> Tensor:
+def rate_of(net: Hourglass, y: Tensor, quality: Tensor, mode: Mode = "noise") -> Tensor:
     """The rate's part of `loss_of` for latents (B, latent, h, w), of which only the prior learns."""
-    _, bits, _ = net.entropy(y, quality, noisy=True, frozen=True)
+    _, bits, _ = net.entropy(y, quality, mode, frozen=True)
     bpp = bits / (y.shape[2] * y.shape[3] * STRIDE**2)
     return (bpp * (net.weight_of_error(quality) / 0.01).rsqrt()).mean()
 
@@ -96,10 +101,12 @@ def train(
     tier: str | None,
     device: torch.device,
     start: Path | None = None,
+    compiled: bool = False,
 ) -> None:
     """Train in folder `out`, from its checkpoint where there is one, and leave a checkpoint and log.jsonl there.
 
-    start: a file of weights; those that fit replace the start from principal components.
+    start: a file of weights; those that fit replace the start from principal components. compiled: fuse the step's
+    small operations by torch.compile, which takes minutes and a C++ compiler first.
     """
     if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -112,6 +119,8 @@ def train(
         )
     checkpoint = out / "checkpoint.pt"
     state = fresh(settings, shape, pieces, device, start)
+    if compiled:
+        state.loss = torch.compile(loss_of)
     if checkpoint.exists():
         _load(state, checkpoint)
     if _rank() == 0:
@@ -137,8 +146,8 @@ def fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.device
         for piece, (height, width) in zip(pieces.pixels.cpu(), pieces.sizes.tolist(), strict=True)
     ]
     start_from_pca(net, pictures, generator)
-    if start:
-        _start_from(net, start)
+    if not start or not _start_from(net, start):
+        start_rest(net, pictures, generator)
     net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     # Context reaches further than a transform: where there are pieces for it, the prior learns on larger crops.
     side = 2 * settings.crop if (pieces.sizes >= 2 * settings.crop).all(1).any() else settings.crop
@@ -149,16 +158,37 @@ def fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.device
     torch.manual_seed(settings.seed + _rank())  # each process has noise of its own
     ema = copy.deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.Adam(net.parameters(), lr=settings.rate, fused=True)
-    return State(net, ema, optimiser, generator, latents, side // STRIDE)
+    return State(net, ema, optimiser, generator, latents, side // STRIDE, loss_of)
 
 
-def _start_from(net: Hourglass, path: Path) -> None:
-    """Take the weights of a file that fit in name and shape; the others keep their start."""
-    weights = torch.load(path, map_location="cpu", weights_only=True)["ema"]
-    own = net.state_dict()
-    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-    net.load_state_dict(fitting, strict=False)
-    print(f"{len(fitting)} of {len(own)} tensors start from {path}")
+def _start_from(net: Hourglass, path: Path) -> bool:
+    """Take the weights of a file that fit; of a narrower latent its core, as the first channels of each quarter.
+
+    The others keep their start; inputs that the file's layers did not have begin with zero weights. Returns whether
+    the channels beside the core are the file's too.
+    """
+    values = torch.load(path, map_location="cpu", weights_only=True)
+    own, weights, narrow = net.state_dict(), values["ema"], values["shape"]["latent"]
+    wider, core = net.shape.latent - narrow, values["shape"].get("core", narrow)
+    source, places = (torch.arange(n).reshape(4, -1)[:, : core // 4].flatten() for n in (narrow, net.shape.latent))
+    taken = {}
+    for name in own.keys() & weights.keys():
+        value, target = weights[name], own[name].cpu().clone()
+        taken_from, index, fits = [], [], value.dim() == target.dim()
+        for axis, (old, new) in enumerate(zip(value.shape, target.shape, strict=False)):
+            grown = new > old >= narrow
+            fits = fits and (new == old or (grown and new - old == wider))
+            before = torch.arange(old - narrow if grown else old)
+            taken_from.append(torch.cat([before, len(before) + source]) if grown else before)
+            index.append(torch.cat([before, len(before) + places]) if grown else before)
+            if new > old and axis == 1 and not name.startswith("gains."):
+                target.zero_()
+        if fits:
+            target[torch.meshgrid(*index, indexing="ij")] = value[torch.meshgrid(*taken_from, indexing="ij")]
+            taken[name] = target
+    net.load_state_dict(taken, strict=False)
+    print(f"{len(taken)} of {len(own)} tensors start from {path}")
+    return {"analysis.to_rest.weight", "synthesis.from_rest.weight"} <= taken.keys()
 
 
 @torch.no_grad()
@@ -208,6 +238,10 @@ def is_mixed(settings: Settings, step: int) -> bool:
     return step < settings.steps * (1 - settings.precise)
 
 
+def mode_of(settings: Settings, step: int) -> Mode:
+    return "settle" if step >= settings.steps * (1 - settings.settle) else "noise"
+
+
 def step(state: State, settings: Settings, pieces: Pieces) -> Tensor:
     """One step of the optimiser and of the averaged weights; the loss."""
     device = pieces.pixels.device
@@ -216,15 +250,19 @@ def step(state: State, settings: Settings, pieces: Pieces) -> Tensor:
     alone = state.step < settings.prior_steps
     source, side = (state.latents, state.side) if alone else (pieces, settings.crop)
     own = slice(_rank(), None, _world())
-    crops = source.crops(settings.batch, side, state.generator, own, mirror=not alone)
+    if alone or not settings.varied:
+        crops = source.crops(settings.batch, side, state.generator, own, mirror=not alone)
+    else:
+        crops = source.varied(settings.batch, side, state.generator, own, settings.varied)
     crops = crops.contiguous(memory_format=torch.channels_last)
     order = torch.randperm(settings.batch, generator=state.generator)
     part = torch.rand(settings.batch, generator=state.generator)
     quality = ((order + part) * (100 / settings.batch))[own].to(device)  # of 8 crops one from each eighth of the range
     mixed = is_mixed(settings, state.step)
+    mode = mode_of(settings, state.step)
     context: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
     with context:
-        loss = rate_of(state.net, crops, quality) if alone else loss_of(state.net, crops / 255, quality)
+        loss = rate_of(state.net, crops, quality, mode) if alone else state.loss(state.net, crops / 255, quality, mode)
     state.optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     _share_gradients(state.net)
@@ -256,12 +294,12 @@ def _average(state: State, settings: Settings) -> None:
 
 @torch.no_grad()
 def measure(net: Hourglass, held_out: Pieces) -> list[dict[str, float]]:
-    """Ideal bpp and PSNR with rounded symbols, 8-bit pictures, one row for each of `QUALITIES`."""
+    """Ideal bpp and PSNR with the symbols chosen, 8-bit pictures, one row for each of `QUALITIES`."""
     x = held_out.pixels.permute(0, 3, 1, 2).float() / 255
     y = net.analysis(x)
     rows = []
     for quality in QUALITIES:
-        x_hat, bits = net.code(y, torch.full((len(x),), float(quality), device=x.device), noisy=False)
+        x_hat, bits = net.code(y, torch.full((len(x),), float(quality), device=x.device), "settle")
         x_hat = (x_hat * 255).round() / 255
         mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
         psnr = float((-10 * torch.log10(mse)).mean())

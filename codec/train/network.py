@@ -2,10 +2,15 @@
 
     x (B, 3, H, W) in [0, 1]
       -> space-to-depth 8 -> 1x1 -> residual blocks          1/8 resolution, `trunk` channels
-      -> 2x2 stride 2 -> residual blocks = latent y          1/16 resolution, `latent` channels
+      -> 2x2 stride 2 -> residual blocks                     1/16 resolution, `core` channels
+      with `latent - core` channels of 16x16 pixels beside them = latent y
       -> y * gain(quality) -> round = symbols                (B, latent, H/16, W/16)
       -> symbols * inverse_gain(quality) -> blocks -> depth-to-space 2
-      -> blocks -> depthwise 3x3 -> 1x1 -> depth-to-space 8 -> clip = x_hat   (B, 3, H, W) in [0, 1]
+      -> blocks -> depthwise 3x3 -> 1x1 -> depth-to-space 8, and the other channels -> depth-to-space 16
+      -> sum -> clip = x_hat                                 (B, 3, H, W) in [0, 1]
+
+The core's width bounds the quality that it can reach; the other channels, a linear transform of its residue, go on
+from there. At ordinary qualities they are all zero and cost nothing.
 
 Every layer works at 1/8 or 1/16 resolution, where a convolution is a plain matrix product and a CPU is fast.
 The symbols follow the papers: y = g_a(x), x_hat = g_s(y_hat) (Ballé, Laparra, Simoncelli, "End-to-end optimized
@@ -23,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hourglass.codec.train.prior import OCTAVE, Prior, rounded
+from hourglass.codec.errors import InvalidArgument
+from hourglass.codec.train.prior import OCTAVE, Mode, Prior, rounded
 
 STRIDE = 16
 """Pixels a side that one latent position covers."""
@@ -34,15 +40,22 @@ class Shape:
     """Sizes of a network; stored in checkpoints and in the manifest."""
 
     trunk: int = 128  # channels at 1/8 resolution
-    latent: int = 320  # channels of the code at 1/16 resolution
+    latent: int = 512  # channels of the code at 1/16 resolution
+    core: int = 320  # those of them that the residual blocks see; the others are linear in the picture
     analysis_blocks: tuple[int, int] = (3, 2)  # residual blocks at 1/8, at 1/16
-    synthesis_blocks: tuple[int, int] = (3, 1)  # residual blocks at 1/8, at 1/16
+    synthesis_blocks: tuple[int, int] = (4, 1)  # residual blocks at 1/8, at 1/16
     hyper: int = 96  # channels of the hyper-latent at 1/64 resolution
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.0006  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
-    lambda_high: float = 0.12  # the same at quality 100; between them log-linear
+    lambda_high: float = 0.15  # the same at quality 100; between them log-linear
+
+    def __post_init__(self) -> None:
+        if not 4 <= self.core < self.latent or self.core % 4 or self.latent % 4:
+            raise InvalidArgument(
+                f"core is {self.core}, latent {self.latent}; expected multiples of 4, the core smaller than the latent"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,6 +91,18 @@ def _blocks(count: int, channels: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(*(Block(channels, hidden) for _ in range(count)))
 
 
+def weave(core: Tensor, rest: Tensor) -> Tensor:
+    """Channels of the core (B, c, h, w) and the others (B, r, h, w) -> y (B, c + r, h, w): each quarter has both."""
+    pairs = zip(core.chunk(4, 1), rest.chunk(4, 1), strict=True)
+    return torch.cat([part for pair in pairs for part in pair], 1)
+
+
+def unweave(y: Tensor, core: int) -> tuple[Tensor, Tensor]:
+    """Inverse of `weave`."""
+    quarters, count = y.chunk(4, 1), core // 4
+    return torch.cat([q[:, :count] for q in quarters], 1), torch.cat([q[:, count:] for q in quarters], 1)
+
+
 class Analysis(nn.Module):
     """Analysis transform g_a. (B, 3, H, W) in [0, 1], H and W multiples of 16 -> y (B, latent, H/16, W/16)."""
 
@@ -85,8 +110,9 @@ class Analysis(nn.Module):
         super().__init__()
         self.to_trunk = nn.Conv2d(192, shape.trunk, 1)
         self.fine = _blocks(shape.analysis_blocks[0], shape.trunk, 2 * shape.trunk)
-        self.to_latent = nn.Conv2d(4 * shape.trunk, shape.latent, 1)
-        self.coarse = _blocks(shape.analysis_blocks[1], shape.latent, shape.latent)
+        self.to_latent = nn.Conv2d(4 * shape.trunk, shape.core, 1)
+        self.coarse = _blocks(shape.analysis_blocks[1], shape.core, shape.core)
+        self.to_rest = nn.Conv2d(4 * 192, shape.latent - shape.core, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.from_depth(F.pixel_unshuffle(x, 8))
@@ -94,8 +120,7 @@ class Analysis(nn.Module):
     def from_depth(self, d: Tensor) -> Tensor:
         """(B, 192, H/8, W/8), the picture after space-to-depth -> y (B, latent, H/16, W/16)."""
         t = self.fine(self.to_trunk(d))
-        y: Tensor = self.coarse(self.to_latent(F.pixel_unshuffle(t, 2)))
-        return y
+        return weave(self.coarse(self.to_latent(F.pixel_unshuffle(t, 2))), self.to_rest(F.pixel_unshuffle(d, 2)))
 
 
 class HyperAnalysis(nn.Module):
@@ -124,11 +149,13 @@ class Synthesis(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.coarse = _blocks(shape.synthesis_blocks[1], shape.latent, shape.latent)
-        self.from_latent = nn.Conv2d(shape.latent, 4 * shape.trunk, 1)
+        self.core = shape.core
+        self.coarse = _blocks(shape.synthesis_blocks[1], shape.core, shape.core)
+        self.from_latent = nn.Conv2d(shape.core, 4 * shape.trunk, 1)
         self.fine = _blocks(shape.synthesis_blocks[0], shape.trunk, 2 * shape.trunk)
         self.overlap = nn.Conv2d(shape.trunk, shape.trunk, 3, padding=1, groups=shape.trunk)
         self.from_trunk = nn.Conv2d(shape.trunk, 192, 1)
+        self.from_rest = nn.Conv2d(shape.latent - shape.core, 4 * 192, 1, bias=False)
         nn.init.dirac_(self.overlap.weight, shape.trunk)
         nn.init.zeros_(self.overlap.bias)  # type: ignore[arg-type]
 
@@ -138,9 +165,16 @@ class Synthesis(nn.Module):
 
     def to_depth(self, y_hat: Tensor) -> Tensor:
         """y_hat -> (B, 192, 2 h, 2 w): the picture before the clip and depth-to-space."""
-        t = F.pixel_shuffle(self.from_latent(self.coarse(y_hat)), 2)
+        core, rest = unweave(y_hat, self.core)
+        return self.core_to_depth(core) + self.rest_to_depth(rest)
+
+    def core_to_depth(self, core: Tensor) -> Tensor:
+        t = F.pixel_shuffle(self.from_latent(self.coarse(core)), 2)
         d: Tensor = self.from_trunk(self.overlap(self.fine(t)))
         return d
+
+    def rest_to_depth(self, rest: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.from_rest(rest), 2)
 
 
 def hats(quality: Tensor, anchors: int) -> Tensor:
@@ -221,18 +255,13 @@ class Hourglass(nn.Module):
         low, high = math.log(self.shape.lambda_low), math.log(self.shape.lambda_high)
         return torch.exp(low + (high - low) * quality / 100)
 
-    def forward(self, x: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, quality: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         """One training pass: (B, 3, H, W), (B,) -> x_hat (B, 3, H, W) and ideal bits (B,) of each picture."""
-        return self.code(self.analysis(x), quality, noisy=True)
+        return self.code(self.analysis(x), quality, mode)
 
-    def code(self, y: Tensor, quality: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
-        """Latent (B, latent, h, w), h and w multiples of 4 -> x_hat and ideal bits (B,).
-
-        noisy: the rate sees uniform noise in place of rounding, while the picture and the context see rounding with
-        a straight-through gradient (Minnen and Singh, "Channel-wise autoregressive entropy models", 2020).
-        Without it the rate is that of the rounded symbols.
-        """
-        y_hat, bits, inverse = self.entropy(y, quality, noisy)
+    def code(self, y: Tensor, quality: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+        """Latent (B, latent, h, w), h and w multiples of 4 -> x_hat and ideal bits (B,)."""
+        y_hat, bits, inverse = self.entropy(y, quality, mode)
         return self.synthesis(y_hat * inverse), bits
 
     def hyper(self, y: Tensor) -> Tensor:
@@ -240,7 +269,7 @@ class Hourglass(nn.Module):
         z: Tensor = self.hyper_analysis(y * torch.exp2(-self.prior.log_unit / OCTAVE)[:, None, None])
         return z
 
-    def entropy(self, y: Tensor, quality: Tensor, noisy: bool, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def entropy(self, y: Tensor, quality: Tensor, mode: Mode, frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise and count: latent -> dequantised y * gain, ideal bits (B,), inverse gain.
 
         frozen: the gains of the latent do not learn.
@@ -254,22 +283,23 @@ class Hourglass(nn.Module):
             hyper_gain, _ = self.hyper_gains(weights)
             z = z * hyper_gain
             symbols = rounded(z)
-            counted = z + torch.rand_like(z) - 0.5 if noisy else symbols
+            exact = mode == "round" or (mode == "settle" and not torch.is_grad_enabled())
+            counted = symbols if exact else z + torch.rand_like(z) - 0.5
             bits = self.hyper_prior.bits(counted, hyper_gain).sum((1, 2, 3))
             scaled, z_hat = y.float() * gain, symbols / hyper_gain
         scaled, gain, z_hat = map(_channels_last, (scaled, gain, z_hat))
-        y_hat, more = self.prior(scaled, gain, z_hat, weights, noisy)
+        y_hat, more = self.prior(scaled, gain, z_hat, weights, mode)
         return y_hat.permute(0, 3, 1, 2), bits + more, inverse
 
     def symbols(self, y: Tensor, quality: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each step of the prior the rounded symbols of a latent and their levels, both (B, h/2, w/2, latent)."""
+        """For each step of the prior the symbols chosen for a latent and their levels, both (B, h/2, w/2, latent)."""
         weights = hats(quality, self.shape.anchors)
         gain, _ = self.gains(weights)
         hyper_gain, _ = self.hyper_gains(weights)
         z_hat = (self.hyper(y) * hyper_gain).round() / hyper_gain
         scaled, gain, z_hat = map(_channels_last, (y * gain, gain, z_hat))
-        for rest, _, level in self.prior.walk(scaled, gain, z_hat, weights):
-            yield rest.round(), level
+        for _, symbols, _, level in self.prior.walk(scaled, gain, z_hat, weights, "settle"):
+            yield symbols.round(), level
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -295,40 +325,91 @@ def start_from_pca(net: Hourglass, pictures: list[Tensor], generator: torch.Gene
     strong and weak channels within reach of one learning rate. The synthesis is the transpose.
     """
     shape = net.shape
-    crops = []
-    for _ in range(4000):
-        picture = pictures[int(torch.randint(len(pictures), (1,), generator=generator))]
-        top = int(torch.randint(picture.shape[1] - 31, (1,), generator=generator))
-        left = int(torch.randint(picture.shape[2] - 31, (1,), generator=generator))
-        crops.append(picture[:, top : top + 32, left : left + 32])
-    x = F.pixel_unshuffle(torch.stack(crops).double() / 255, 8)  # (N, 192, 4, 4)
+    x = F.pixel_unshuffle(_crops(pictures, 32, 4000, generator).double() / 255, 8)  # (N, 192, 4, 4)
     flat = x.permute(0, 2, 3, 1).reshape(-1, 192)
     mean = flat.mean(0)
     basis, deviation = _principal(flat - mean, shape.trunk)
     scale = deviation.clamp(min=1e-3).sqrt()
     t = ((flat - mean) @ basis).reshape(-1, 4, 4, shape.trunk).permute(0, 3, 1, 2)
     pairs = F.pixel_unshuffle(t, 2).permute(0, 2, 3, 1).reshape(-1, 4 * shape.trunk)
-    basis2, deviation2 = _principal(pairs, shape.latent)
-    shuffled = torch.arange(shape.latent).reshape(-1, 4).T.flatten()  # each quarter has strong and weak channels
+    basis2, deviation2 = _principal(pairs, shape.core)
+    shuffled = _dealt(shape.core)
     basis2, deviation2 = basis2[:, shuffled], deviation2[shuffled]
     scale2 = deviation2.clamp(min=1e-3).sqrt()
     unscale = scale.repeat_interleave(4)  # pixel_unshuffle keeps the four copies of a channel together
 
-    def put(layer: nn.Conv2d, matrix: Tensor, bias: Tensor | None = None) -> None:
-        layer.weight.zero_()
-        middle = layer.kernel_size[0] // 2
-        layer.weight[:, :, middle, middle] = matrix.float()
-        assert layer.bias is not None
-        layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias.float())
-
     analysis, synthesis = net.analysis, net.synthesis
-    put(analysis.to_trunk, basis.T / scale[:, None], -(mean @ basis) / scale)
-    put(analysis.to_latent, (basis2.T * unscale) / scale2[:, None])
-    put(synthesis.from_latent, (basis2 / unscale[:, None]) * scale2)
-    put(synthesis.from_trunk, basis * scale, mean)
-    step = (net.weight_of_error(torch.linspace(0, 100, shape.anchors)) * 255**2 / 20).rsqrt()
-    net.gains.log_gain.copy_((scale2 / step[:, None]).log())
-    net.gains.log_inverse.copy_((step[:, None] / scale2).log())
+    _put(analysis.to_trunk, basis.T / scale[:, None], -(mean @ basis) / scale)
+    _put(analysis.to_latent, (basis2.T * unscale) / scale2[:, None])
+    _put(synthesis.from_latent, (basis2 / unscale[:, None]) * scale2)
+    _put(synthesis.from_trunk, basis * scale, mean)
+    _put_gains(net, torch.arange(shape.latent).reshape(4, -1)[:, : shape.core // 4].flatten(), scale2)
+
+
+@torch.no_grad()
+def start_rest(net: Hourglass, pictures: list[Tensor], generator: torch.Generator) -> None:
+    """Fit the channels beside the core, in place, to what the core leaves of `pictures`, (3, H, W) uint8 each.
+
+    The residue of 16x16 patches is regressed on the patches; the leading principal components of what the regression
+    explains become the synthesis (reduced-rank regression).
+    """
+    shape, device = net.shape, net.gains.log_gain.device
+    count = shape.latent - shape.core
+    net.synthesis.from_rest.weight.zero_()
+    gain, inverse = net.gains(hats(torch.tensor([100.0], device=device), shape.anchors))
+    patches: list[Tensor] = []
+    residues: list[Tensor] = []
+    for _ in range(60):
+        x = F.pixel_unshuffle(_crops(pictures, 64, 50, generator).to(device).float() / 255, 8)
+        left = x - net.synthesis.to_depth(net.analysis.from_depth(x) * gain * inverse)
+        for values, kept in ((x, patches), (left, residues)):
+            kept.append(F.pixel_unshuffle(values, 2)[:, :, 1:3, 1:3].permute(0, 2, 3, 1).reshape(-1, 4 * 192).double())
+    x, left = torch.cat(patches), torch.cat(residues)
+    mean = x.mean(0)
+    x -= mean
+    covariance = x.T @ x / len(x)
+    covariance += 1e-7 * torch.eye(len(covariance), device=device)
+    regression = torch.linalg.solve(covariance, x.T @ left / len(x))  # (768 of the patch, 768 of its residue)
+    basis, deviation = _principal(x @ regression, count)
+    shuffled = _dealt(count)
+    basis, scale = basis[:, shuffled], deviation[shuffled].clamp(min=1e-3).sqrt()
+    matrix = (regression @ basis).T / scale[:, None]
+    _put(net.analysis.to_rest, matrix, -(matrix @ mean))
+    net.synthesis.from_rest.weight.copy_((basis * scale).float()[:, :, None, None])
+    _put_gains(net, torch.arange(shape.latent).reshape(4, -1)[:, shape.core // 4 :].flatten(), scale)
+
+
+def _crops(pictures: list[Tensor], side: int, count: int, generator: torch.Generator) -> Tensor:
+    """(count, 3, side, side) uint8 from random places."""
+    crops = []
+    for _ in range(count):
+        picture = pictures[int(torch.randint(len(pictures), (1,), generator=generator))]
+        top = int(torch.randint(picture.shape[1] - side + 1, (1,), generator=generator))
+        left = int(torch.randint(picture.shape[2] - side + 1, (1,), generator=generator))
+        crops.append(picture[:, top : top + side, left : left + side])
+    return torch.stack(crops)
+
+
+def _dealt(count: int) -> Tensor:
+    """An order of channels that are sorted by strength: dealt to the four quarters, so that all have strong ones."""
+    return torch.arange(count).reshape(-1, 4).T.flatten()
+
+
+def _put(layer: nn.Conv2d, matrix: Tensor, bias: Tensor | None = None) -> None:
+    layer.weight.zero_()
+    middle = layer.kernel_size[0] // 2
+    layer.weight[:, :, middle, middle] = matrix.float()
+    assert layer.bias is not None
+    layer.bias.copy_(torch.zeros_like(layer.bias) if bias is None else bias.float())
+
+
+def _put_gains(net: Hourglass, channels: Tensor, scale: Tensor) -> None:
+    """Give channels that were divided by `scale` the step that is right for white noise at every quality."""
+    device = net.gains.log_gain.device
+    quality = torch.linspace(0, 100, net.shape.anchors, device=device)
+    step = (net.weight_of_error(quality) * 255**2 / 20).rsqrt()[:, None]
+    net.gains.log_gain[:, channels] = (scale / step).log().float()
+    net.gains.log_inverse[:, channels] = (step / scale).log().float()
 
 
 def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -236,6 +236,32 @@ class Step(nn.Module):
         return mean, self.scale(hidden)
 
 
+Mode: TypeAlias = Literal["round", "noise", "settle"]
+"""How the latent becomes symbols.
+
+round: plainly. noise: for training; the rate sees uniform noise in place of rounding, while picture and context see
+rounding with a straight-through gradient (Minnen and Singh, "Channel-wise autoregressive entropy models", 2020).
+settle: the same, but picture and context see the symbols that the encoder's default effort chooses, and the scales
+learn from these; the last part of a training.
+"""
+
+WORTH = 22.0
+"""Bits that one squared step of error in a symbol is worth to the encoder (`hourglass.codec.quantise`)."""
+
+NEAR = 3
+"""Symbols up to this magnitude may move towards 0."""
+
+
+@torch.no_grad()
+def chosen(rest: Tensor, level: Tensor) -> Tensor:
+    """Symbols that the encoder's default effort makes of a latent less its mean: rounded, or one nearer to 0."""
+    symbols = rest.round()
+    nearer = symbols - symbols.sign()
+    saved = bits_of(symbols, level) - bits_of(nearer, level)
+    worse = (rest - nearer).square_() - (rest - symbols).square_()
+    return torch.where((saved > WORTH * worse) & (symbols.abs() <= NEAR), nearer, symbols)
+
+
 def bits_of(x: Tensor, level: Tensor) -> Tensor:
     """Ideal code length in bits of a symbol less its mean at a level of the ladder, under a logistic density.
 
@@ -270,27 +296,33 @@ class Prior(nn.Module):
         out: Tensor = self.spread2(enlarge(self.widen2(middle)))
         return out
 
-    def forward(self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         """Latent times gain (B, h, w, C), the gain (B, 1, 1, C) -> the same dequantised, and ideal bits (B,).
 
-        z_hat (B, h/4, w/4, Z): dequantised hyper-latent. hats (B, anchors): quality. noisy: the rate sees uniform
-        noise, not rounding.
+        z_hat (B, h/4, w/4, Z): dequantised hyper-latent. hats (B, anchors): quality.
         """
         bits = scaled.new_zeros(len(scaled))
         parts = []
-        for rest, mean, level in self.walk(scaled, gain, z_hat, hats):
-            symbols = rounded(rest)
-            counted = rest + torch.rand_like(rest) - 0.5 if noisy else symbols
-            bits = bits + bits_of(counted, level).sum((1, 2, 3))
+        for rest, symbols, mean, level in self.walk(scaled, gain, z_hat, hats, mode):
+            if mode == "noise":
+                own = bits_of(rest + torch.rand_like(rest) - 0.5, level)
+            else:
+                own = bits_of(symbols.detach(), level)
+            if (
+                mode == "settle" and torch.is_grad_enabled()
+            ):  # the value of the symbols' bits, the latent's gradient from the noise
+                noisy = bits_of(rest + torch.rand_like(rest) - 0.5, level.detach())
+                own = own + noisy - noisy.detach()
+            bits = bits + own.sum((1, 2, 3))
             parts.append(symbols + mean)
         return join(parts), bits
 
     def walk(
-        self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The steps as they follow each other in the decoder: latent less its mean, mean, level of the ladder.
+        self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor, mode: Mode
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The steps as they follow each other in the decoder: latent less its mean, symbols, mean, level of the ladder.
 
-        Each is (B, h/2, w/2, C), phase by phase, the first two in symbols.
+        Each is (B, h/2, w/2, C), phase by phase, the first three in symbols.
         """
         features = self.features(rounded(z_hat * 2**HYPER.unit, HYPER.low, HYPER.high), (hats * 2**HYPER.unit).round())
         ratios = split((gain * torch.exp2(self.log_unit / OCTAVE)).expand(-1, 2, 2, -1))  # symbols per unit
@@ -299,6 +331,8 @@ class Prior(nn.Module):
             mean, log_scale = step(features, join(known) if known else None)
             mean = mean * (ratio / 2**MEAN.unit)
             level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (torch.log2(ratio) - LOWEST) * PER_OCTAVE
+            level = rounded(level, 0, LADDER - 1)
             rest = part - mean
-            known.append(rounded((rounded(rest) + mean) * (2**KNOWN.unit / ratio), KNOWN.low, KNOWN.high))
-            yield rest, mean, rounded(level, 0, LADDER - 1)
+            symbols = rest + (chosen(rest, level) - rest).detach() if mode == "settle" else rounded(rest)
+            known.append(rounded((symbols + mean) * (2**KNOWN.unit / ratio), KNOWN.low, KNOWN.high))
+            yield rest, symbols, mean, level

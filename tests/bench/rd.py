@@ -85,7 +85,8 @@ def own_points(pixels: Pixels, coder: codec.Codec, effort: codec.Effort) -> dict
     near = min(range(101), key=lambda quality: abs(sizes[quality] - goal))
     tables = coder._model(coder.model).tables
     ideal = [
-        sum(entropy.ideal_bits(*part, tables) for part in coder._unpack(files[quality]).parts) / 8
+        sum(entropy.ideal_bits(*part, tables) for tile in coder._unpack(files[quality]).tiles for part in tile.parts)
+        / 8
         for quality in QUALITIES
     ]
     return {"points": [own_point(q) for q in QUALITIES], "near": own_point(near), "sizes": sizes, "ideal": ideal}
@@ -107,8 +108,13 @@ def measure(paths: list[Path], coder: Coder, qualities: list[int], name: str) ->
         return [list(pool.map(partial(point, image.read(path), coder), qualities)) for path in tqdm(paths, desc=name)]
 
 
-def bd(own: list[dict[str, float]], rival: list[dict[str, float]]) -> float:
-    columns = [[p[name] for p in curve] for curve in (own, rival) for name in ("bpp", "psnr")]
+def bd(own: list[dict[str, float]], rival: list[dict[str, float]], quality: str = "psnr") -> float:
+    """BD-rate at equal PSNR, or at equal MS-SSIM in dB."""
+
+    def value(point: dict[str, float]) -> float:
+        return point["psnr"] if quality == "psnr" else float(-10 * np.log10(1 - point["ms_ssim"]))
+
+    columns = [column for curve in (own, rival) for column in ([p["bpp"] for p in curve], [value(p) for p in curve])]
     return metrics.bd_rate(*columns)
 
 
@@ -164,7 +170,7 @@ def report(results: dict[str, Any]) -> None:
     for name, curve in results["curves"].items():
         print(f"{name}: " + "  ".join(f"{p['bpp']:.3f}→{p['psnr']:.2f}" for p in curve))
     for name, rate in results["bd_rate_psnr"].items():
-        print(f"BD-rate against {name}: {rate:+.1f} %")
+        print(f"BD-rate against {name}: {rate:+.1f} % (PSNR), {results['bd_rate_ms_ssim'][name]:+.1f} % (MS-SSIM)")
     print(f"\n{'picture':<28}{'q':>4}{'bpp':>7}{'PSNR':>7}  |{'JPEG q':>7}{'bpp':>7}{'PSNR':>7}{'gain dB':>9}")
     wins = 0
     for name, pair in results["near_half_bpp"].items():
@@ -215,6 +221,7 @@ def main() -> None:
             for i, q in enumerate(QUALITIES)
         },
         "bd_rate_psnr": {name: bd(curves[options.model], curves[name]) for name in RIVALS},
+        "bd_rate_ms_ssim": {name: bd(curves[options.model], curves[name], "ms_ssim") for name in RIVALS},
         "monotone": sum(all(a < b for a, b in itertools.pairwise(row["sizes"])) for row in own),
         "near_half_bpp": {
             path.name: {"hourglass": row["near"], "jpeg": jpeg_no_smaller(image.read(path), row["near"]["bytes"])}

@@ -1,0 +1,136 @@
+"""Large pictures in tiles: coded one by one, on several threads, and no seam where they meet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from hourglass.codec import Code, Codec, container, errors, image, metrics, runtime
+from hourglass.codec.pipeline import tiles_of
+
+IMAGES = Path(__file__).parent / "images"
+SIDE = 1024
+
+
+@pytest.fixture(scope="module")
+def large() -> NDArray[np.uint8]:
+    """1100 x 1340 pixels: a photograph, mirrored over and over, so that its only edges are its own."""
+    photo = image.read(IMAGES / "parrots.png")
+    return np.pad(photo, ((150, 438), (300, 272), (0, 0)), mode="reflect")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Codec:
+    """A codec whose tiles are so large that there is only one."""
+    zoo = tmp_path_factory.mktemp("zoo")
+    shutil.copytree(runtime.ZOO / runtime.DEFAULT_MODEL, zoo / runtime.DEFAULT_MODEL)
+    path = zoo / runtime.DEFAULT_MODEL / "manifest.json"
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    manifest["code"][2]["stride"] = 4 * SIDE
+    path.write_text(json.dumps(manifest))
+    return Codec(zoo=zoo)
+
+
+def test_tiles_cover_a_picture_once() -> None:
+    seen = np.zeros((2100, 1030), int)
+    for number, tile in enumerate(tiles_of(1030, 2100, SIDE)):
+        assert tile.number == number
+        seen[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("quality", [5, 50, 100])
+def test_large_picture(quality: float, large: NDArray[np.uint8], codec: Codec) -> None:
+    data = codec.encode(large, quality=quality)
+    header = codec.read_header(data)
+    assert [section.kind for section in header.sections] == [container.CODE] * 4
+    code = codec.analyse(large, quality=quality)
+    assert code.tensors["c"].shape == (1, 2, 2)
+    assert codec.pack(code) == data
+    assert codec.unpack(data) == code
+    decoded = codec.decode(data)
+    assert np.array_equal(codec.synthesise(code), decoded)
+    alone = Codec(threads=1)
+    assert alone.encode(large, quality=quality) == data
+    assert abs(alone.decode(data).astype(int) - decoded).max() <= 1
+    assert metrics.psnr(large, decoded) > 24 + quality / 10
+
+
+def test_no_seams(large: NDArray[np.uint8], codec: Codec, whole: Codec) -> None:
+    """Beside the borders of tiles a picture is as good as one that was coded whole, to 0.05 dB.
+
+    On average over qualities: at each of them other symbols are chosen there, which is worth some 0.05 dB up or down.
+    """
+    border = np.zeros(large.shape[:2], bool)
+    border[SIDE - 16 : SIDE + 16] = True
+    border[:, SIDE - 16 : SIDE + 16] = True
+    worse = []
+    for quality in (10, 30, 50, 70, 90):
+        pictures = [coder.decode(coder.encode(large, quality=quality)) for coder in (codec, whole)]
+        assert not np.array_equal(*pictures)  # the other one really was coded whole
+        tiled, single = (np.square(picture.astype(float) - large)[border].mean() for picture in pictures)
+        worse.append(10 * np.log10(tiled / single))
+        steps = [np.square(p[:, SIDE].astype(float) - p[:, SIDE - 1]).mean() for p in (large, *pictures)]
+        assert abs(steps[1] - steps[2]) < 0.15 * steps[0]  # no jump from tile to tile that the picture does not have
+    assert np.mean(worse) < 0.05
+    assert max(worse) < 0.2
+
+
+def test_targets(large: NDArray[np.uint8], codec: Codec) -> None:
+    assert 58_200 <= len(codec.encode(large, target_size=60_000)) <= 60_000
+    assert metrics.psnr(large, codec.decode(codec.encode(large, target_psnr=32))) >= 32
+
+
+def test_missing_tile(large: NDArray[np.uint8], codec: Codec) -> None:
+    data = codec.encode(large, quality=0)
+    header, payloads = container.read(data)
+    sections = [(container.CODE, bytes(payload)) for payload in payloads]
+    damaged = container.write(header.model, header.width, header.height, header.quality, sections[:-1])
+    with pytest.raises(errors.ContainerError, match=r"file has 3 tiles; model .* has 4"):
+        codec.decode(damaged)
+    turned = container.write(header.model, header.width, header.height, header.quality, sections[::-1])
+    with pytest.raises(errors.CorruptError):
+        codec.decode(turned)
+
+
+def test_width_that_is_none(codec: Codec) -> None:
+    header, (payload,) = container.read(codec.encode(image.read(IMAGES / "motocross.png")[:32, :32]))
+    wrong = bytearray(payload)
+    wrong[4] = 77
+    data = container.write(header.model, 32, 32, header.quality, [(container.CODE, bytes(wrong))])
+    with pytest.raises(errors.ContainerError, match="tile 0 has width 77"):
+        codec.decode(data)
+    wrong[4] = (payload[4] + 1) % 3
+    data = container.write(header.model, 32, 32, header.quality, [(container.CODE, bytes(wrong))])
+    with pytest.raises(errors.CorruptError):
+        codec.decode(data)
+
+
+def test_code_with_symbols_where_none_are_coded(codec: Codec) -> None:
+    code = codec.analyse(image.read(IMAGES / "motocross.png"), quality=0)
+    assert code.tensors["c"][0, 0, 0] < 512
+    tensors = {name: tensor.copy() for name, tensor in code.tensors.items()}
+    tensors["y"][511, 0, 0] = 1
+    with pytest.raises(errors.CodeError, match="channels that are coded, and symbols in other ones"):
+        codec.pack(Code(code.model, code.quality, code.width, code.height, tensors))
+    tensors["c"][:] = 7
+    with pytest.raises(errors.CodeError, match="c of tile 0 is 7; expected one of"):
+        codec.synthesise(Code(code.model, code.quality, code.width, code.height, tensors))
+
+
+def test_symbols_checksum_is_of_the_coded_channels(codec: Codec) -> None:
+    """As FORMAT.md says, of the first channels of each quarter."""
+    picture = image.read(IMAGES / "motocross.png")[:70, :130]
+    _, (payload,) = container.read(codec.encode(picture, quality=20))
+    code = codec.unpack(codec.encode(picture, quality=20))
+    count = int(code.tensors["c"][0, 0, 0]) // 4
+    y = np.concatenate([quarter[:count] for quarter in np.split(code.tensors["y"], 4)])
+    crc = zlib.crc32(code.tensors["z"].astype("<i2").tobytes(), zlib.crc32(y.astype("<i2").tobytes()))
+    assert int.from_bytes(payload[:4], "little") == crc

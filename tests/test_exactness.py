@@ -288,7 +288,7 @@ def _shallow_clip(model: onnx.ModelProto) -> None:
 def _no_clip(model: onnx.ModelProto) -> None:
     """An offset of any size is added to what comes straight from a convolution."""
     graph = _hyper_synthesis(model)
-    next(node for node in graph.node if node.op_type == "Add").input[1] = "hyper_unit"
+    next(node for node in graph.node if node.op_type == "Add" and "hyper.widen.z" in node.input).input[1] = "hyper_unit"
 
 
 def _long_product(model: onnx.ModelProto) -> None:

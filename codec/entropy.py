@@ -140,14 +140,22 @@ class Decoder:
 
 def ideal_bits(symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables) -> float:
     """What the tables say that `Encoder.put` takes, in bits; escape codes without what follows them."""
-    flat, total = symbols.reshape(-1), 0.0
-    for table, places in _groups(index, tables):
-        frequencies = tables.frequencies_of(table)
-        entry = flat[places].astype(np.int64) - tables.first[table]
-        entry[(entry < 0) | (entry >= len(frequencies) - 1)] = len(frequencies) - 1
-        counts = np.bincount(entry, minlength=len(frequencies))
-        total += float(counts @ -np.log2(frequencies / TOTAL))
+    total = 0.0
+    for table, counts in count(symbols, index, tables):
+        total += float(counts @ -np.log2(tables.frequencies_of(table) / TOTAL))
     return total
+
+
+def count(
+    symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables
+) -> Iterator[tuple[int, NDArray[np.intp]]]:
+    """(table, how often each of its entries comes) for each table in use, ascending; sure zeros left out."""
+    flat = symbols.reshape(-1)
+    for table, places in _groups(index, tables):
+        entries = len(tables.frequencies_of(table))
+        entry = flat[places].astype(np.int64) - tables.first[table]
+        entry[(entry < 0) | (entry >= entries - 1)] = entries - 1
+        yield table, np.bincount(entry, minlength=entries)
 
 
 def _groups(index: NDArray[np.uint8], tables: Tables) -> Iterator[_Group]:

@@ -151,7 +151,7 @@ def _scale(value: _Value) -> NDArray[np.float64]:
     """Of each row of a constant."""
     if value.scale is not None:
         return value.scale
-    return np.ones(len(value.constant) if value.constant is not None else 1)
+    return np.ones(len(np.asarray(value.constant)))
 
 
 def _result(node: _Node, inputs: list[_Value]) -> _Value:

@@ -156,15 +156,10 @@ class Codec:
     def encode(self, image: ImageSource, **settings: Unpack[Settings]) -> bytes:
         """A picture -> the bytes of a .hgc file; exactly `pack(analyse(image))`. Raises what these raise."""
         check_settings(settings)
-        if settings.keys() - {"quality", "effort"}:
+        if _is_aimed(settings):
             return self._pack(self._aimed(image, settings))
-        pixels, quality, effort = self._plain(image, settings)
-
-        def section(tile: Tile, model: runtime.Model) -> bytes:
-            return _pack_tile(model, quality, quantise(_analysed(model, pixels, tile), quality, effort))
-
-        model, (height, width) = self._model(self.model), pixels.shape[:2]
-        return _file(model, width, height, quality, self._each(model, width, height, section))
+        # Each tile goes all the way by itself: of a large picture only the bytes stay.
+        return _file(*self._plainly(image, settings, _pack_tile))
 
     def decode(self, data: FileSource) -> Pixels:
         """A .hgc file -> (H, W, 3) uint8; exactly `synthesise(unpack(data))`. Raises what these raise."""
@@ -210,18 +205,23 @@ class Codec:
 
     def _analyse(self, image: ImageSource, settings: Settings) -> _Coded:
         check_settings(settings)
-        if settings.keys() - {"quality", "effort"}:
+        if _is_aimed(settings):
             return self._aimed(image, settings)
-        pixels, quality, effort = self._plain(image, settings)
-        model, (height, width) = self._model(self.model), pixels.shape[:2]
-        tiles = self._each(
-            model, width, height, lambda tile, own: quantise(_analysed(own, pixels, tile), quality, effort)
-        )
-        return _Coded(model, quality, width, height, tiles)
+        return _Coded(*self._plainly(image, settings, lambda _model, _quality, symbols: symbols))
 
-    def _plain(self, source: ImageSource, settings: Settings) -> tuple[Pixels, float, Effort]:
+    def _plainly(
+        self, source: ImageSource, settings: Settings, finish: Callable[[runtime.Model, float, Symbols], _Result]
+    ) -> tuple[runtime.Model, float, int, int, list[_Result]]:
+        """Model, quality, width, height, and what `finish` makes of each tile's symbols."""
+        pixels, model = image.read(source, self.limits), self._model(self.model)
         quality = round(float(settings.get("quality", DEFAULT_QUALITY)), 2)
-        return image.read(source, self.limits), quality, settings.get("effort", "default")
+        effort = settings.get("effort", "default")
+
+        def encode(tile: Tile, own: runtime.Model) -> _Result:
+            return finish(own, quality, quantise(_analysed(own, pixels, tile), quality, effort))
+
+        height, width = pixels.shape[:2]
+        return model, quality, width, height, self._each(model, width, height, encode)
 
     def _aimed(self, source: ImageSource, settings: Settings) -> _Coded:
         effort = settings.get("effort", "default")
@@ -292,10 +292,7 @@ class Codec:
         model, quality = self._model(self.model), round(float(quality), 2)
         height, width = transformed.pixels.shape[:2]
         tiles = self._each(
-            model,
-            width,
-            height,
-            lambda tile, _: quantise(transformed.tiles[tile.number], quality, effort),
+            model, width, height, lambda tile, _: quantise(transformed.tiles[tile.number], quality, effort)
         )
         return _Coded(model, quality, width, height, tiles)
 
@@ -311,7 +308,7 @@ class Codec:
 
     def _pack(self, coded: _Coded) -> bytes:
         sections = [_pack_tile(coded.model, coded.quality, tile) for tile in coded.tiles]
-        return _file(coded.model, coded.width, coded.height, coded.quality, sections)
+        return _file(coded.model, coded.quality, coded.width, coded.height, sections)
 
     def _unpack(self, data: FileSource) -> _Coded:
         header, payloads = container.read(self._bytes(data), self.limits)
@@ -469,7 +466,7 @@ def _analysed(model: runtime.Model, pixels: Pixels, tile: Tile) -> Analysed:
     return Analysed(model, own, *model.analyse(pixels, tile.x, tile.y, tile.width, tile.height))
 
 
-def _file(model: runtime.Model, width: int, height: int, quality: float, sections: list[bytes]) -> bytes:
+def _file(model: runtime.Model, quality: float, width: int, height: int, sections: list[bytes]) -> bytes:
     return container.write(model.id, width, height, quality, [(container.CODE, section) for section in sections])
 
 
@@ -606,6 +603,11 @@ def _length_of(source: ImageSource) -> int | None:
     if isinstance(source, (str, os.PathLike)):
         return Path(source).stat().st_size
     return len(source) if isinstance(source, (bytes, bytearray, memoryview)) else None
+
+
+def _is_aimed(settings: Settings) -> bool:
+    """Whether something else than a quality is asked for, which takes a search."""
+    return bool(settings.keys() - {"quality", "effort"})
 
 
 def check_settings(settings: Settings) -> None:

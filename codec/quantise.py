@@ -26,11 +26,11 @@ Effort: TypeAlias = Literal["fast", "default", "best"]
 Part: TypeAlias = tuple[NDArray[np.int16], NDArray[np.uint8]]
 """Symbols and their tables."""
 
-_WORTH, _HYPER_WORTH = 22.0, 4.0
+WORTH, HYPER_WORTH = 22.0, 4.0
 """Bits that one squared step of error in a symbol of the latent, of the hyper-latent is worth; measured, see
 train/NOTES.md."""
 
-_NEAR = 3
+NEAR = 3
 """Symbols up to this magnitude may move towards 0."""
 
 _NOTHING = 0.05
@@ -119,7 +119,7 @@ def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, 
     tables = hyper_tables(model, quality, hyper.shape)
     z = _rounded(hyper, tables, model)
     if effort != "fast":
-        _drop(z, hyper, tables, model, _HYPER_WORTH)
+        _drop(z, hyper, tables, model, HYPER_WORTH)
     parts: list[Part] = [(z, tables)]
     rests = []
     height, width = analysed.pixels.shape[:2]
@@ -133,7 +133,7 @@ def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, 
         rest -= mean * np.float32(1 / prior.FINE)
         symbols = _rounded(rest, tables, model)
         if effort != "fast":
-            _drop(symbols, rest, tables, model, _WORTH)
+            _drop(symbols, rest, tables, model, WORTH)
         parts.append((symbols, tables))
         rests.append(rest)
         return symbols
@@ -151,7 +151,7 @@ def _width(scaled: NDArray[np.float32], widths: tuple[int, ...]) -> int:
             size = abs(quarter[width : widths[index + 1]])
             size = size[size > 0.5]
             # Bits that the error of leaving them out is worth, less the bits that they would take.
-            room -= float(np.maximum((2 * size - 1) * _WORTH - _RARE, 0).sum())
+            room -= float(np.maximum((2 * size - 1) * WORTH - _RARE, 0).sum())
         if room < 0:
             return index + 1
     return 0
@@ -170,11 +170,11 @@ def _drop(
     """Rate-distortion optimised quantisation, in place: a symbol moves one step towards 0 where that pays."""
     flat, tables, rest = symbols.reshape(-1), tables.reshape(-1), rest.reshape(-1)
     places = np.flatnonzero(flat)
-    places = places[abs(flat[places]) <= _NEAR]
+    places = places[abs(flat[places]) <= NEAR]
     symbol, table, wanted = flat[places], tables[places], rest[places]
     nearer = symbol - np.sign(symbol)
-    costs = model.costs(_NEAR)
-    saved = costs[table, symbol + _NEAR] - costs[table, nearer + _NEAR]
+    costs = model.costs(NEAR)
+    saved = costs[table, symbol + NEAR] - costs[table, nearer + NEAR]
     worse = (wanted - nearer) ** 2 - (wanted - symbol) ** 2
     flat[places] = np.where(saved > worth * worse, nearer, symbol)
 
@@ -198,8 +198,8 @@ def _best(analysed: Analysed, quality: float) -> Symbols:
     latent, length = analysed.latent, 0.3
     total, best, slope = judge(latent)
     for _ in range(_TURNS):
-        # A squared step of a symbol is worth _WORTH bits, half the curvature: `length` damps a Newton step.
-        tried = latent - np.clip(slope * np.float32(length / (2 * _WORTH)), -0.3, 0.3) / gain
+        # A squared step of a symbol is worth WORTH bits, half the curvature: `length` damps a Newton step.
+        tried = latent - np.clip(slope * np.float32(length / (2 * WORTH)), -0.3, 0.3) / gain
         tried_total, symbols, tried_slope = judge(tried)
         if tried_total < total:
             latent, total, best, slope = tried, tried_total, symbols, tried_slope

@@ -83,9 +83,8 @@ def test_files_are_near_the_ideal_size(photo: Path, quality: float, codec: Codec
     (tile,) = codec._unpack(data).tiles
     ideal = sum(entropy.ideal_bits(*part, tables) for part in tile.parts) / 8
     assert ideal < len(data) < ideal + 64 + 0.002 * ideal
-    assert (
-        codec.read_header(data).length + 4 + 1 + 4 < 64
-    )  # and the symbols' checksum, the width, and the coder's last word
+    # The header, and the symbols' checksum, the width, and the coder's last word.
+    assert codec.read_header(data).length + 4 + 1 + 4 < 64
 
 
 def test_sources_of_one_picture_give_one_file(parrots: Path) -> None:

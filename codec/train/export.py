@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from hourglass.codec import errors, exactness, image, metrics
+from hourglass.codec import entropy, errors, exactness, image, metrics
 from hourglass.codec.entropy import TOTAL
 from hourglass.codec.pipeline import Codec
 from hourglass.codec.quantise import Analysed, quantise
-from hourglass.codec.runtime import PADDING, Model
+from hourglass.codec.runtime import PADDING, STRIDE, Model
 from hourglass.codec.train import graphs
 from hourglass.codec.train.data import Pieces
-from hourglass.codec.train.network import STRIDE, Hourglass, Shape, hats
+from hourglass.codec.train.network import Hourglass, Shape, hats
 from hourglass.codec.train.prior import LADDER, OCTAVE, bits_of
 
 TILE = 1024
@@ -219,19 +219,16 @@ def recount(model: Model, pieces: Pieces, count: int = 300) -> dict[str, NDArray
         for part in range(4):
             quality = round(float(25 * (part + generator.random())), 2)
             for symbols, index in quantise(analysed, quality, "default").parts:
-                for table in np.unique(index):
-                    entry = symbols[index == table].astype(np.int64) - tables.first[table]
-                    last = len(counts[table]) - 1
-                    entry[(entry < 0) | (entry > last)] = last
-                    counts[table] += np.bincount(entry, minlength=last + 1)
+                for table, counted in entropy.count(symbols, index, tables):
+                    counts[table] += counted
     ladder = set(model.level_tables.tolist())
     frequencies = []
-    for table, counted in enumerate(counts):
-        if len(counted) > 1:
+    for table, total in enumerate(counts):
+        if len(total) > 1:
             if table in ladder:  # symmetric
-                counted[:-1] = (counted[:-1] + counted[-2::-1]) / 2
+                total[:-1] = (total[:-1] + total[-2::-1]) / 2
             smooth = tables.frequencies_of(table) / TOTAL
-            entries = _whole((counted + SMOOTHING * smooth) / (counted.sum() + SMOOTHING))
+            entries = _whole((total + SMOOTHING * smooth) / (total.sum() + SMOOTHING))
             frequencies.append(entries.astype(np.uint32))
         else:
             frequencies.append(tables.frequencies_of(table))

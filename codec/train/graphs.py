@@ -204,7 +204,7 @@ class _Nodes:
         return self.add("Clip", x, self.number(low), self.number(high))
 
     def convolve(
-        self, name: str, x: str, weight: Tensor, bias: Tensor | None, factor: Tensor | None = None, **attributes: Any
+        self, name: str, x: str, weight: Tensor, bias: Tensor | None, factor: Tensor, **attributes: Any
     ) -> str:
         """Convolution with integer weights (O, I, k, k), stored as int8, and bias, stored as int32.
 
@@ -214,8 +214,6 @@ class _Nodes:
 
         def scaled(value: Tensor, dtype: type[np.signedinteger[Any]]) -> str:
             as_float = self.add("Cast", self.constant(_exact(value, dtype)), to=TensorProto.FLOAT)
-            if factor is None:
-                return as_float
             scale = factor.detach().numpy().astype(np.float32).reshape(-1, *[1] * (value.dim() - 1))
             return self.add("Mul", as_float, self.constant(scale))
 

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hourglass.codec import errors
+from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train.data import PIECE, Pieces, list_training, load_pieces
-from hourglass.codec.train.network import STRIDE, Hourglass, Shape, start_from_pca, start_prior, start_rest
+from hourglass.codec.train.network import Hourglass, Shape, start_from_pca, start_prior, start_rest
 from hourglass.codec.train.prior import Mode
 
 QUALITIES = (0, 25, 50, 75, 100)

@@ -31,9 +31,6 @@ from torch.nn import functional as F
 from hourglass.codec.errors import InvalidArgument
 from hourglass.codec.train.prior import OCTAVE, Mode, Prior, rounded
 
-STRIDE = 16
-"""Pixels a side that one latent position covers."""
-
 
 @dataclass(frozen=True)
 class Shape:

@@ -25,6 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hourglass.codec.prior import KNOWN as LARGEST_KNOWN
+from hourglass.codec.quantise import NEAR, WORTH
+
 STEPS = 4
 EXACT = 2**24
 """Integers up to this magnitude are exact in float32."""
@@ -58,7 +61,7 @@ class Range:
 
 
 HYPER = Range(-1023, 1023, 5)
-KNOWN = Range(-2047, 2047, 6)
+KNOWN = Range(-LARGEST_KNOWN, LARGEST_KNOWN, 6)
 SIGNED = Range(-1023, 1023, 6)
 HIDDEN = Range(0, 1023, 6)
 MEAN = Range(-16383, 16383, 9)
@@ -245,12 +248,6 @@ settle: the same, but picture and context see the symbols that the encoder's def
 learn from these; the last part of a training.
 """
 
-WORTH = 22.0
-"""Bits that one squared step of error in a symbol is worth to the encoder (`hourglass.codec.quantise`)."""
-
-NEAR = 3
-"""Symbols up to this magnitude may move towards 0."""
-
 
 @torch.no_grad()
 def chosen(rest: Tensor, level: Tensor) -> Tensor:
@@ -308,9 +305,8 @@ class Prior(nn.Module):
                 own = bits_of(rest + torch.rand_like(rest) - 0.5, level)
             else:
                 own = bits_of(symbols.detach(), level)
-            if (
-                mode == "settle" and torch.is_grad_enabled()
-            ):  # the value of the symbols' bits, the latent's gradient from the noise
+            if mode == "settle" and torch.is_grad_enabled():
+                # The value stays that of the symbols' bits; the latent's gradient is the noise's.
                 noisy = bits_of(rest + torch.rand_like(rest) - 0.5, level.detach())
                 own = own + noisy - noisy.detach()
             bits = bits + own.sum((1, 2, 3))

@@ -12,9 +12,11 @@ class Limits:
     """Largest input that is worked on. The defaults suit a machine with a few GB of memory."""
 
     pixels: int = 1 << 26
-    """Width times height: 67 million, some GB at work."""
-    side: int = 1 << 16
+    """Width times height of a picture held whole in memory: 67 million, some GB at work."""
+    side: int = 1 << 24
     """Width or height in pixels."""
+    metadata_bytes: int = 16 << 20
+    """ICC profile, EXIF, XMP and IPTC of one picture together: 16 MiB."""
     file_bytes: int = 1 << 29
     """Size of a .hgc file: 512 MiB."""
 
@@ -31,3 +33,10 @@ class Limits:
         """Raise `LimitError` when a .hgc file of this many bytes is too large."""
         if count > self.file_bytes:
             raise LimitError(f"file has {count} bytes; the limit is {self.file_bytes} (Limits.file_bytes)")
+
+    def check_metadata(self, count: int) -> None:
+        """Raise `LimitError` when a picture has more than this many bytes of metadata."""
+        if count > self.metadata_bytes:
+            raise LimitError(
+                f"picture has {count} bytes of metadata; the limit is {self.metadata_bytes} (Limits.metadata_bytes)"
+            )

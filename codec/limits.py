@@ -50,3 +50,10 @@ class Limits:
         """Raise `LimitError` when a .hgc file of this many bytes is too large."""
         if count > self.file_bytes:
             raise LimitError(f"file has {count} bytes; the limit is {self.file_bytes} (Limits.file_bytes)")
+
+    def check_metadata(self, count: int) -> None:
+        """Raise `LimitError` when a picture has more than this many bytes of metadata."""
+        if count > self.metadata_bytes:
+            raise LimitError(
+                f"picture has {count} bytes of metadata; the limit is {self.metadata_bytes} (Limits.metadata_bytes)"
+            )

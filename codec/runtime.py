@@ -222,7 +222,7 @@ class Model:
     def analyse(
         self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Analysis transforms of a rectangle of a picture (H, W, 3) uint8 -> latent (C, 4 h, 4 w) and hyper-latent
+        """Analysis transforms of a rectangle of a picture (H, W, 3) or (H, W) uint8 -> latent (C, 4 h, 4 w) and hyper-latent
         (Z, h, w), float32.
 
         x, y: its corner, multiples of PADDING. h = ceil(height / 64), w = ceil(width / 64): where the picture ends it
@@ -235,6 +235,8 @@ class Model:
         low = max(bottom, min(bottom + halo, pixels.shape[0] // STRIDE * STRIDE))
         far = max(right, min(right + halo, pixels.shape[1] // STRIDE * STRIDE))
         part = pixels[top:low, left:far]
+        if part.ndim == 2:
+            part = np.repeat(part[..., None], 3, axis=2)
         missing = (low - top - part.shape[0], far - left - part.shape[1])
         if any(missing):
             part = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
@@ -274,11 +276,12 @@ class Model:
         return float(low * (high / low) ** (quality / 100))
 
     def error_slope(self, latent: NDArray[np.float32], pixels: NDArray[np.uint8]) -> tuple[float, NDArray[np.float32]]:
-        """Squared error of what a latent (C, h, w) decodes to, summed over (H, W, 3) samples, and its gradient.
+        """Squared error of what a latent (C, h, w) decodes to, summed over the samples of
+        (H, W, 3) or (H, W) uint8, and its gradient.
 
         The picture is padded as for the analysis; the padding has no error.
         """
-        image = _padded(pixels)
+        image = _padded(pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2))
         inside = np.zeros((1, *image.shape[:2], 1), np.uint8)
         inside[:, : pixels.shape[0], : pixels.shape[1]] = 1
         error, slope = self._run("gradient.onnx", {"latent": latent[None], "image": image[None], "inside": inside})

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, TypeAlias, TypedDict, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypedDict, TypeVar, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,13 @@ from hourglass.codec import container, image, lossless, metrics, runtime
 from hourglass.codec.aim import Attempt, aim, parse_size
 from hourglass.codec.container import FileSource, Front, Header, Reader, Writer
 from hourglass.codec.errors import CodeError, ContainerError, CorruptError, InvalidArgument, LossWarning
-from hourglass.codec.image import ImageSource, Keep, Metadata, Picture, Pixels, Strips
+from hourglass.codec.image import ImageSource, Keep, Metadata, Picture, Pixels
 from hourglass.codec.limits import Limits
 from hourglass.codec.quantise import Analysed, Effort, Symbols, quantise, widen
 from hourglass.codec.tiles import REACH, Grid, Piece, Tile, conceal, pack_tile, patch, unpack_tile, walk_tile
+
+if TYPE_CHECKING:
+    from hourglass.codec.image import Strips
 
 DEFAULT_QUALITY = 50.0
 

@@ -287,7 +287,7 @@ class Model:
         error, slope = self._run("gradient.onnx", {"latent": latent[None], "image": image[None], "inside": inside})
         return float(error), slope[0]
 
-    def synthesise(self, patch: Patch) -> NDArray[np.uint8]:
+    def synthesise(self, patch: Patch, scale: int = 1) -> NDArray[np.uint8]:
         """Synthesis transform: (16 rows, 16 columns, 3) uint8 of the positions to keep."""
         inputs: dict[str, NDArray[Any]] = {
             "core": patch.core,

@@ -25,7 +25,6 @@ import re
 import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,6 +36,8 @@ from numpy.typing import NDArray
 
 from hourglass.codec.errors import HourglassError, ImageError, InvalidArgument, LimitError, LossWarning
 from hourglass.codec.limits import Limits
+from hourglass.codec.metadata import KINDS, PNG_MAGIC, colour_key, png_chunks, png_gamut, reset_exif, reset_xmp
+from hourglass.codec.metadata import Metadata as Metadata
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,7 +76,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "WEBP": {"lossless": True, "exact": True},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
 }
-_HOLDS = {
+HOLDS = {
     "PNG": {"alpha", "icc", "exif", "xmp"},
     "JPEG": {"icc", "exif", "xmp", "iptc"},
     "WEBP": {"alpha", "icc", "exif", "xmp"},
@@ -84,38 +85,15 @@ _HOLDS = {
     "PPM": set[str](),
     "BMP": set[str](),
 }
-KINDS = {"icc": "ICC profile", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC"}
-"""Field of `Metadata` -> what messages call it."""
 
 _JPEG_SEGMENT = 65535 - 2
 _IPTC_RESOURCE = 0x0404
-_ORIENTATION, _XMP_TAG, _IPTC_TAG = 0x0112, 700, 33723
+_XMP_TAG, _IPTC_TAG = 700, 33723
 _BAND_PIXELS = 1 << 20
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_PNG_KEPT = (b"tRNS", b"gAMA", b"cHRM", b"cICP", b"sRGB", b"iCCP", b"eXIf")
-_SRGB_CHROMATICITIES = np.array([31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000])
-_XMP_ORIENTATION = re.compile(rb"(tiff:Orientation\s*(?:=\s*[\"']|>)\s*)(\d+)")
 _ICC_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab"}
 _COLOURED = ("P", "PA", "RGB", "RGBA", "RGBX", "YCbCr", "HSV")
 _TIFF_EXIF = (270, 271, 272, 305, 306, 315, 316, 33432)
 """Tags of a TIFF's own directory that describe the picture: description, camera, software, date, artist, copyright."""
-
-
-@dataclass(frozen=True)
-class Metadata:
-    """What a picture has beside its pixels, b"" where there is none."""
-
-    icc: bytes = b""
-    """ICC profile that the pixels are in; without one they are sRGB."""
-    exif: bytes = b""
-    """TIFF structure without the "Exif\\0\\0" prefix; orientation is 1."""
-    xmp: bytes = b""
-    """XMP packet; tiff:Orientation is 1."""
-    iptc: bytes = b""
-    """IPTC-IIM records: what Photoshop's resource 0x0404 holds."""
-
-    def __len__(self) -> int:
-        return len(self.icc) + len(self.exif) + len(self.xmp) + len(self.iptc)
 
 
 @dataclass(frozen=True)
@@ -169,7 +147,7 @@ def read(source: ImageSource, limits: Limits | None = None) -> NDArray[np.uint8]
     losses = [*picture.losses]
     colour = picture.colour
     if picture.alpha is not None:
-        losses.append(f"{_name(source)} has transparent parts; they are put on white")
+        losses.append(f"{name_of(source)} has transparent parts; they are put on white")
         colour = on_white(colour, picture.alpha)
     for loss in losses:
         warnings.warn(loss, LossWarning, stacklevel=2)
@@ -199,7 +177,7 @@ def load(
         raise InvalidArgument(f"keep is {keep!r}; expected one of {', '.join(get_args(Keep))}")
     if frame is not None and frame < 0:
         raise InvalidArgument(f"frame is {frame}; expected a number from 0")
-    reader = _Reader(_name(source), limits, keep, srgb or keep == "none", frame)
+    reader = Reader(name_of(source), limits, keep, srgb or keep == "none", frame)
     if isinstance(source, np.ndarray):
         reader.choose_frame(1)
         return _from_array(source, limits)
@@ -254,13 +232,13 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
     """
     from PIL import Image
 
-    if format not in _HOLDS:
-        raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(_HOLDS))}")
+    if format not in HOLDS:
+        raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(HOLDS))}")
     if not isinstance(picture, Picture):
         picture = _from_array(picture, Limits(pixels=1 << 62))
     metadata, losses = _fitting(picture.metadata, format)
     pixels = picture.pixels
-    if picture.alpha is not None and "alpha" not in _HOLDS[format]:
+    if picture.alpha is not None and "alpha" not in HOLDS[format]:
         losses.append(f"{format} holds no transparency; it is put on white")
         pixels = on_white(picture.colour, picture.alpha)
     for loss in losses:
@@ -284,7 +262,7 @@ def _fitting(metadata: Metadata, format: str) -> tuple[Metadata, list[str]]:
         content: bytes = getattr(metadata, kind)
         if not content:
             continue
-        if kind not in _HOLDS[format]:
+        if kind not in HOLDS[format]:
             losses.append(f"{format} holds no {label}; {len(content)} bytes are dropped")
         elif format == "JPEG" and len(content) > room[kind]:
             losses.append(f"JPEG holds {room[kind]} bytes of {label}; {len(content)} bytes are dropped")
@@ -316,7 +294,7 @@ def _save_options(metadata: Metadata, format: str) -> dict[str, Any]:
         resource = b"8BIM" + struct.pack(">HHL", _IPTC_RESOURCE, 0, len(metadata.iptc)) + metadata.iptc
         segment = b"Photoshop 3.0\0" + resource + bytes(len(resource) & 1)
         options["extra"] = b"\xff\xed" + struct.pack(">H", len(segment) + 2) + segment
-    if format == "TIFF" and len(metadata) > len(metadata.icc):
+    if format == "TIFF" and metadata.size > len(metadata.icc):
         from PIL import Image
 
         tags = options["exif"] = Image.Exif()
@@ -325,7 +303,7 @@ def _save_options(metadata: Metadata, format: str) -> dict[str, Any]:
     return options
 
 
-def _name(source: object) -> str:
+def name_of(source: object) -> str:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"image data ({len(source)} bytes)"
     if isinstance(source, (str, os.PathLike)):
@@ -344,6 +322,11 @@ def _from_array(array: NDArray[Any], limits: Limits) -> Picture:
     colour = np.ascontiguousarray(layers[:, :, :3] if channels > 2 else layers[:, :, 0])
     alpha = np.ascontiguousarray(layers[:, :, -1]) if channels in (2, 4) else None
     return Picture(colour, _or_none(alpha))
+
+
+def kept(metadata: Metadata, icc: bytes, keep: Keep) -> Metadata:
+    """What `keep` leaves of a picture's metadata, with the profile that its pixels are in."""
+    return replace(metadata, icc=icc) if keep == "all" else Metadata(icc=icc if keep == "icc" else b"")
 
 
 def _or_none(alpha: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
@@ -385,7 +368,7 @@ def pillow_errors(name: str) -> Iterator[None]:
                 filters[:] = [entry for entry in filters if entry is not _QUIET]
 
 
-class _Reader:
+class Reader:
     """One picture on its way in. The pixels are converted by bands of rows, so that little more than Pillow's
     picture and the result is ever held."""
 
@@ -408,9 +391,8 @@ class _Reader:
 
         head = file.read(30)
         file.seek(0)
-        if head.startswith(_PNG_MAGIC):
-            self.png = _png_chunks(file, self.name, self.limits)
-            self.depth = self.png[b"IHDR"][8]
+        if head.startswith(PNG_MAGIC):
+            self.read_png_chunks(file)
         elif head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":  # Pillow allocates its canvas on opening
             self.limits.check_size(*(1 + int.from_bytes(head[i : i + 3], "little") for i in (24, 27)))
         file.seek(0)
@@ -419,7 +401,7 @@ class _Reader:
         except UnidentifiedImageError as exc:
             raise ImageError(f"{self.name} is of no picture format that can be read ({', '.join(READABLE)})") from exc
         self.limits.check_size(*opened.size)
-        if opened.format == "PPM" and opened.tile[0].codec_name.startswith("ppm"):
+        if opened.format == "PPM" and opened.mode != "1" and opened.tile[0].codec_name.startswith("ppm"):
             return self.scaled_ppm(file, opened)
         return cast("Image.Image", opened)
 
@@ -456,14 +438,19 @@ class _Reader:
             opened.load()
             self.limits.check_size(*opened.size)
             metadata, orientation = self.metadata(opened)
-            if gamut := _png_gamut(self.png):
-                self.lose(f"has {gamut} other than sRGB's; its colours are taken as sRGB")
+            self.check_gamut()
             colour, alpha, metadata = self.convert(opened, metadata)
         if opened.format != "TIFF":  # Pillow turns these itself
             colour, alpha = _turned(colour, orientation), None if alpha is None else _turned(alpha, orientation)
-        if self.keep != "all":
-            metadata = Metadata(icc=metadata.icc if self.keep == "icc" else b"")
-        return Picture(colour, _or_none(alpha), metadata, tuple(self.losses))
+        return Picture(colour, _or_none(alpha), kept(metadata, metadata.icc, self.keep), tuple(self.losses))
+
+    def check_gamut(self) -> None:
+        if gamut := png_gamut(self.png):
+            self.lose(f"has {gamut} other than sRGB's; its colours are taken as sRGB")
+
+    def read_png_chunks(self, file: IO[bytes], *, checked: bool = True) -> None:
+        self.png = png_chunks(file, self.name, self.limits, checked=checked)
+        self.depth = self.png[b"IHDR"][8]
 
     def seek(self, opened: Image.Image) -> None:
         # A phone's JPEG may hold a second picture (MPO: preview, depth); that is no animation.
@@ -486,12 +473,13 @@ class _Reader:
         if hasattr(opened, "tag_v2"):
             exif, iptc = self.tiff_exif(opened), _tiff_iptc(opened)
         exif = exif.removeprefix(b"Exif\0\0")
-        found = Metadata(info.get("icc_profile", b""), exif, info.get("xmp", b""), iptc)
-        self.limits.check_metadata(len(found))
-        orientation, xmp = _reset_xmp(found.xmp)
+        xmp = self.png.get(b"xmp", b"") if self.png else info.get("xmp", b"")
+        found = Metadata(info.get("icc_profile", b""), exif, xmp, iptc)
+        self.limits.check_metadata(found.size)
+        orientation, xmp = reset_xmp(found.xmp)
         if exif:
             try:
-                turned, exif = _reset_exif(exif)
+                turned, exif = reset_exif(exif)
                 orientation = turned or orientation
             except (ValueError, struct.error):
                 exif = b""
@@ -539,7 +527,7 @@ class _Reader:
         reduction = self.reduction(opened)
         grey, space = self.space(opened, metadata.icc)
         transform, icc = self.transform(metadata.icc, space)
-        key = _colour_key(self.png, opened.mode)
+        key = colour_key(self.png, opened.mode)
         width, height = opened.size
         colour = np.empty((height, width) if grey else (height, width, 3), np.uint8)
         transparent = key is not None or opened.has_transparency_data
@@ -640,23 +628,6 @@ def _alpha(part: Image.Image, key: NDArray[np.uint16] | None) -> NDArray[np.uint
     return np.asarray(part.getchannel("A"))
 
 
-def _colour_key(png: dict[bytes, bytes], mode: str) -> NDArray[np.uint16] | None:
-    """The colour that a PNG's tRNS chunk makes transparent, as Pillow scales its samples; None for none."""
-    key = png.get(b"tRNS")
-    if key is None or mode == "P":
-        return None
-    depth, kind = png[b"IHDR"][8:10]
-    channels = {0: 1, 2: 3}.get(kind, 0)
-    if not channels or len(key) < 2 * channels:
-        return None
-    values = np.frombuffer(key, ">u2", channels).astype(np.uint32) & ((1 << depth) - 1)
-    if depth < 8:
-        values = values * 255 // ((1 << depth) - 1)
-    elif depth == 16 and kind == 2:
-        values >>= 8  # all that Pillow keeps
-    return values.astype(np.uint16)
-
-
 def _grey_palette(picture: Image.Image) -> bool:
     """Whether the palette entries that a P or PA picture uses are all grey."""
     indices = picture if picture.mode == "P" else picture.getchannel("P")
@@ -678,29 +649,6 @@ def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels)
 
 
-def _reset_exif(exif: bytes) -> tuple[int, bytes]:
-    """(orientation, 0 for none; EXIF with it set to 1). Raises `ValueError` or `struct.error` for broken EXIF."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
-    if order is None:
-        raise ValueError("no TIFF header")
-    (start,) = struct.unpack_from(order + "L", exif, 4)
-    (count,) = struct.unpack_from(order + "H", exif, start)
-    out, orientation = bytearray(exif), 0
-    for at in range(start + 2, start + 2 + 12 * count, 12):
-        tag, kind, _ = struct.unpack_from(order + "HHL", exif, at)
-        if tag == _ORIENTATION:
-            (value,) = struct.unpack_from(order + ("L" if kind == 4 else "H"), exif, at + 8)
-            orientation = orientation or value
-            struct.pack_into(order + "HHLHH", out, at, tag, 3, 1, 1, 0)
-    return orientation, bytes(out)
-
-
-def _reset_xmp(xmp: bytes) -> tuple[int, bytes]:
-    """(orientation, 0 for none; XMP with it set to 1)."""
-    found = _XMP_ORIENTATION.search(xmp)
-    return int(found[2]) if found else 0, _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
-
-
 def _tiff_iptc(opened: Any) -> bytes:
     """IPTC records of a TIFF: its own tag (sometimes called 32-bit numbers), or within Photoshop's."""
     found = opened.tag_v2.get(_IPTC_TAG, b"")
@@ -710,45 +658,3 @@ def _tiff_iptc(opened: Any) -> bytes:
     if isinstance(found, bytes) and found:
         return found
     return bytes(opened.get_photoshop_blocks().get(_IPTC_RESOURCE, {}).get("data", b""))
-
-
-def _png_chunks(file: IO[bytes], name: str, limits: Limits) -> dict[bytes, bytes]:
-    """Chunks of a PNG that say what its pixels mean, with IHDR; the checksums that Pillow leaves out are checked."""
-    found: dict[bytes, bytes] = {}
-    file.seek(len(_PNG_MAGIC))
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">L4s", head)
-        if kind in (b"IHDR", b"PLTE", b"IDAT", b"fdAT"):
-            check, left = zlib.crc32(kind), length
-            while left and (part := file.read(min(left, 1 << 18))):
-                check, left = zlib.crc32(part, check), left - len(part)
-                if kind == b"IHDR":
-                    found[kind] = part
-            if left or file.read(4) != struct.pack(">L", check):
-                raise ImageError(f"{name} is damaged: checksum of its {kind.decode()} chunk, or the file is cut short")
-        elif kind in _PNG_KEPT and kind not in found:
-            limits.check_metadata(length)
-            found[kind] = file.read(length)
-            file.seek(4, os.SEEK_CUR)
-        else:
-            file.seek(length + 4, os.SEEK_CUR)
-        if kind == b"IEND":
-            break
-    if len(found.get(b"IHDR", b"")) != 13:
-        raise ImageError(f"{name} cannot be decoded as a picture: PNG without header")
-    return found
-
-
-def _png_gamut(png: dict[bytes, bytes]) -> str:
-    """What a PNG without profile says of its colours that is not sRGB, "" for nothing."""
-    if b"iCCP" in png or b"sRGB" in png:
-        return ""
-    other = []
-    gamma, space, code = (png.get(kind, b"") for kind in (b"gAMA", b"cHRM", b"cICP"))
-    if len(gamma) == 4 and abs(struct.unpack(">L", gamma)[0] - 45455) > 1000:
-        other.append(f"gamma {struct.unpack('>L', gamma)[0] / 100000:g}")
-    if len(space) == 32 and np.abs(np.frombuffer(space, ">u4").astype(int) - _SRGB_CHROMATICITIES).max() > 300:
-        other.append("chromaticities")
-    if len(code) == 4 and code[:2] != b"\x01\x0d":
-        other.append(f"colour code {code[0]}/{code[1]}")
-    return " and ".join(other)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol, Unpack, cast, get_args
 import click
 
 from hourglass import codec
-from hourglass.codec import container, errors, image, metrics
+from hourglass.codec import container, errors, image, metrics, strips
 from hourglass.codec.runtime import DEFAULT_MODEL
 
 SUFFIX = ".hgc"
@@ -25,6 +25,9 @@ STREAM = "-"
 
 LARGE = 1 << 24
 """Pixels of a picture above which it goes from file to file a few rows at a time, where its format allows that."""
+
+LARGE_FILE = 1 << 20
+"""Bytes that a file of so many pixels has at least, unless it is nearly empty."""
 
 BAD_DATA = 1
 USAGE = 2
@@ -272,11 +275,11 @@ def _complain(name: str, message: str, status: int) -> int:
 def _encode(coder: Coder, options: Options, name: str, target: str) -> Report:
     _check_target(name, target, options.force)
     started = time.perf_counter()
-    if (strips := _strips(coder, options, name, target)) is not None:
-        with strips, _whole(target) as file:
+    if (rows := _rows(coder, options, name, target)) is not None:
+        with rows, _whole(target) as file:
             assert isinstance(coder, codec.Codec)
-            _warn(strips.losses)
-            coder.encode_strips(strips, file, **options.settings)
+            _warn(rows.losses)
+            coder.encode_strips(rows, file, **options.settings)
         seconds, source = time.perf_counter() - started, Path(name).stat().st_size
         return _report(name, target, target, (source, Path(target).stat().st_size), (None, None), seconds)
     content = _read(name)
@@ -289,16 +292,18 @@ def _encode(coder: Coder, options: Options, name: str, target: str) -> Report:
     return _report(name, target, data, (len(content), len(data)), (psnr, ms_ssim), seconds)
 
 
-def _strips(coder: Coder, options: Options, name: str, target: str) -> image.Strips | None:
+def _rows(coder: Coder, options: Options, name: str, target: str) -> strips.Strips | None:
     """The input, to be read a few rows at a time, if it is too large to be held in memory lightly and can be so read."""
     aimed = any(goal in options.settings for goal in ("target_size", "target_bpp", "target_psnr", "srgb", "frame"))
     if not isinstance(coder, codec.Codec) or STREAM in (name, target) or aimed or options.metrics:
         return None
+    if Path(name).stat().st_size < LARGE_FILE:  # not worth loading libvips
+        return None
     keep = options.settings.get("metadata", "all")
-    strips = image.open_strips(name, coder.limits, keep=keep)
-    if strips is None or strips.width * strips.height > LARGE:
-        return strips
-    strips.close()
+    rows = strips.open_strips(name, coder.limits, keep=keep)
+    if rows is None or rows.width * rows.height > LARGE:
+        return rows
+    rows.close()
     return None
 
 
@@ -306,7 +311,7 @@ def _distortion(content: bytes, decoded: codec.Picture, settings: codec.Settings
     """PSNR and MS-SSIM of what is seen: where there is alpha, of both pictures on white."""
     keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
     original = image.load(content, keep=keep, srgb=srgb, frame=frame)
-    pair = [image.rgb(picture) for picture in (original, decoded)]
+    pair = [image.read(picture.pixels) for picture in (original, decoded)]
     return metrics.psnr(*pair), metrics.ms_ssim(*pair)
 
 
@@ -319,7 +324,7 @@ def _decode(coder: Coder, options: Options, name: str, target: str) -> Report:
         header, metadata, rows = coder.decode_strips(name)
         with _whole(target) as file:
             grey = header.colour == container.GREY
-            writer = image.StripWriter(file, format, header.width, header.height, grey, metadata)
+            writer = strips.StripWriter(file, format, header.width, header.height, grey, metadata)
             for strip in rows:
                 writer.write(strip)
             writer.close()
@@ -338,7 +343,7 @@ def _is_streamed(coder: Coder, options: Options, name: str, target: str, format:
     """Whether a file is decoded a few rows at a time, because it is large and all that it asks for can be done so."""
     if not isinstance(coder, codec.Codec) or STREAM in (name, target) or options.view:
         return False
-    if format not in image.STRIP_WRITABLE:
+    if format not in strips.STRIP_WRITABLE:
         return False
     header = container.read_header(name, coder.limits)
     plain = not header.lossless and not header.numbers(container.ALPHA)

@@ -35,9 +35,7 @@ def aim(attempt: Callable[[float, Effort], Attempt], effort: Effort, wanted: flo
     return _search(lambda quality: attempt(quality, effort), wanted, below=below, near=near)
 
 
-def _search(
-    attempt: Callable[[float], Attempt], wanted: float, *, below: bool, near: float | None = None
-) -> Attempt:
+def _search(attempt: Callable[[float], Attempt], wanted: float, *, below: bool, near: float | None = None) -> Attempt:
     low, high = (0.0, 100.0) if near is None else (max(near - 1, 0.0), min(near + 1, 100.0))
     at_low, at_high = attempt(low), attempt(high)
     while at_low.figure > wanted and low > 0:

@@ -102,9 +102,7 @@ class Front:
     def pack(self, sections: Sequence[Section]) -> bytes:
         name = self.model.encode("ascii")
         quality = round(self.quality * 100)
-        head = _HEAD.pack(
-            MAGIC, VERSION, self.colour, self.width, self.height, quality, len(sections), len(name)
-        )
+        head = _HEAD.pack(MAGIC, VERSION, self.colour, self.width, self.height, quality, len(sections), len(name))
         table = (_SECTION.pack(section.kind, section.length, section.crc) for section in sections)
         data = b"".join([head, name, *table])
         return data + _CRC.pack(zlib.crc32(data))

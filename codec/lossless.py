@@ -37,7 +37,7 @@ def pack(pixels: NDArray[np.uint8], thorough: bool = False) -> bytes:
     height, width = pixels.shape[:2]
     flat = pixels.reshape(height * width, -1)
     if (flat == flat[0]).all():
-        return flat[0].tobytes()
+        return bytes(flat[0])
     picture = Image.fromarray(pixels)
     found = []
     if max(height, width) <= _WEBP_SIDE:
@@ -102,11 +102,11 @@ class Outlook:
 
         fits = self._part[:_WEBP_SIDE, :_WEBP_SIDE]
         hurried = len(_saved(Image.fromarray(fits), "WEBP", lossless=True, method=2, quality=20))
-        return hurried * self._whole * self._part.size / fits.size < 3.5 * size
+        return bool(hurried * self._whole * self._part.size / fits.size < 3.5 * size)
 
     @cached_property
     def _deflated(self) -> float:
-        return len(zlib.compress(np.diff(self._part, axis=1, prepend=0).tobytes(), 1)) * self._whole
+        return len(zlib.compress(np.diff(self._part, axis=1, prepend=np.uint8(0)).tobytes(), 1)) * self._whole
 
 
 def _sample(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:

@@ -17,10 +17,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypedDict, TypeVar, Unpack, get_args
+from typing import Any, BinaryIO, TypeAlias, TypedDict, TypeVar, Unpack, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +32,8 @@ from hourglass.codec.errors import CodeError, ContainerError, CorruptError, Inva
 from hourglass.codec.image import ImageSource, Keep, Metadata, Picture, Pixels
 from hourglass.codec.limits import Limits
 from hourglass.codec.quantise import Analysed, Effort, Symbols, quantise, widen
-from hourglass.codec.tiles import REACH, Grid, Piece, Tile, conceal, pack_tile, patch, unpack_tile, walk_tile
-
-if TYPE_CHECKING:
-    from hourglass.codec.image import Strips
+from hourglass.codec.strips import Strips
+from hourglass.codec.tiles import Grid, Piece, Tile, conceal, pack_tile, patch, unpack_tile, walk_tile
 
 DEFAULT_QUALITY = 50.0
 
@@ -241,7 +239,9 @@ class Codec:
         """
         check_settings(settings)
         if _is_aimed(settings):
-            raise InvalidArgument("a target needs the whole picture in memory; give a quality for one that is too large")
+            raise InvalidArgument(
+                "a target needs the whole picture in memory; give a quality for one that is too large"
+            )
         self.limits.check_streamed(strips.width, strips.height)
         model, quality = self._model(self.model), _quality_of(settings)
         grid = Grid(strips.width, strips.height, model.tile.stride)
@@ -249,7 +249,9 @@ class Codec:
         writer = Writer(out, self._front(quality, strips), len(grid) + len(metadata))
         for kind, payload in metadata:
             writer.add(kind, payload)
-        for sections in self._encoded_bands(model, grid, _strip_bands(strips, grid, self._bands(grid), model.halo * runtime.STRIDE), settings):
+        for sections in self._encoded_bands(
+            model, grid, _strip_bands(strips, grid, self._bands(grid), model.halo * runtime.STRIDE), settings
+        ):
             for section in sections:
                 writer.add(container.CODE, section)
         writer.finish()
@@ -486,8 +488,8 @@ class Codec:
         def keep(_: runtime.Model, analysed: Analysed) -> Analysed:
             if detailed:
                 return analysed
-            latent = analysed.latent.astype(np.float16)
-            return Analysed(analysed.model, analysed.pixels, latent, analysed.hyper)
+            short = cast("NDArray[np.float32]", analysed.latent.astype(np.float16))
+            return replace(analysed, latent=short)
 
         bands = _whole_bands(_colour(picture, grid), self._bands(grid))
         return [analysed for band in self._analysed_bands(model, grid, bands, keep) for analysed in band]
@@ -512,9 +514,9 @@ class Codec:
         effort = settings.get("effort", "default")
         found = aim(attempt, effort, math.log(limit) if limit else 0.0, below=True)
         if (least := len(found.data)) > limit:
-            goal = "target_size" if "target_size" in settings else "target_bpp"
+            asked = next(f"{goal} is {value}" for goal, value in settings.items() if goal in _GOALS)
             raise InvalidArgument(
-                f"{goal} is {settings[goal]}, {limit} bytes; at quality 0, the smallest, this picture takes {least} "
+                f"{asked}, {limit} bytes; at quality 0, the smallest, this picture takes {least} "
                 f"bytes, {metrics.bpp(least, picture.width, picture.height):.4f} bpp"
             )
         return found.data
@@ -573,7 +575,7 @@ class Codec:
         Of the tiles' latents only the positions that the region depends on are synthesised.
         """
         x, y, width, height = region
-        grid, model, margin = decoding.grid, decoding.model, REACH * runtime.STRIDE
+        grid, model, margin = decoding.grid, decoding.model, decoding.model.reach * runtime.STRIDE
         rows_wanted = _tiles_of(y, height, 0, grid.side, grid.height)
         rows_needed = _tiles_of(y, height, margin, grid.side, grid.height)
         columns_wanted = _tiles_of(x, width, 0, grid.side, grid.width)
@@ -593,9 +595,7 @@ class Codec:
             shape = (bottom - top, right - left)
             out = np.empty(shape if decoding.grey else (*shape, 3), np.uint8)
 
-            def synthesise(
-                tile: Tile, own: runtime.Model, out: Pixels = out, left: int = left, top: int = top
-            ) -> None:
+            def synthesise(tile: Tile, own: runtime.Model, out: Pixels = out, left: int = left, top: int = top) -> None:
                 """The part of a tile that is wanted, into its place."""
                 x0, x1 = max(x, tile.x), min(x + width, tile.x + tile.width)
                 y0, y1 = max(y, tile.y), min(y + height, tile.y + tile.height)
@@ -812,7 +812,7 @@ def _as_colour(pixels: NDArray[np.uint8], grey: bool) -> NDArray[np.uint8]:
     """(h, w, 3) as it is, or (h, w): the mean of the three."""
     if not grey:
         return pixels
-    return ((pixels.sum(2, dtype=np.uint16) + 1) // 3).astype(np.uint8)
+    return np.asarray((pixels.sum(2, dtype=np.uint16) + 1) // 3, np.uint8)
 
 
 def _place(tile: Tile) -> tuple[slice, slice]:

@@ -127,6 +127,10 @@ class Model:
             self.halo = int(self.manifest["halo"])
             network = self.manifest["network"]
             self.core = int(network["core"]) // 4
+            # Positions of the latent beyond its own that a pixel depends on: 3x3 filters, one in each block at 1/16 and
+            # 1/8 resolution, and one more.
+            fine, coarse = network["synthesis_blocks"]
+            self.reach = int(coarse) + (int(fine) + 2) // 2
             self._features, self._lambdas = network["features"], (network["lambda_low"], network["lambda_high"])
             self._sha256: dict[str, str] = dict(self.manifest["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as exc:

@@ -21,10 +21,6 @@ from hourglass.codec.quantise import Part, Symbols, dequantise, hyper_tables, na
 
 _HEAD = struct.Struct("<IB")  # CRC-32 of the symbols, width
 
-REACH = 4
-"""Positions of the latent beyond a pixel's own that can change it: 3x3 filters, of which synthesis has one at 1/16 and
-five at 1/8 resolution."""
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -107,10 +103,10 @@ def patch(
     if tile.x + tile.width == grid.width:
         columns += -columns % 4
     y0, y1, x0, x1 = window or (0, rows, 0, columns)
-    top = max(y0 - REACH, -halo if tile.y else 0)
-    left = max(x0 - REACH, -halo if tile.x else 0)
-    bottom = min(y1 + REACH, rows + (halo if tile.y + tile.height < grid.height else 0))
-    right = min(x1 + REACH, columns + (halo if tile.x + tile.width < grid.width else 0))
+    top = max(y0 - model.reach, -halo if tile.y else 0)
+    left = max(x0 - model.reach, -halo if tile.x else 0)
+    bottom = min(y1 + model.reach, rows + (halo if tile.y + tile.height < grid.height else 0))
+    right = min(x1 + model.reach, columns + (halo if tile.x + tile.width < grid.width else 0))
     height, width = bottom - top, right - left
     row, column = divmod(tile.number, grid.across)
     around = [
@@ -221,9 +217,9 @@ def _filled(values: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray
         return values
     height, width = weight.shape
     even = ((0, height % 2), (0, width % 2))
-    wide, weights = np.pad(values * weight[..., None], (*even, (0, 0))), np.pad(weight, even)
-    sums, counts = _halved(wide), _halved(weights[..., None])
-    coarse = sums / np.maximum(counts, 1)
+    sums = _halved(np.pad(values * weight[..., None], (*even, (0, 0))))
+    counts = _halved(np.pad(weight, even)[..., None])
+    coarse = np.asarray(sums / np.maximum(counts, 1), np.float32)
     coarse = _filled(coarse, np.asarray(counts[..., 0] > 0, np.float32))
     fine = coarse.repeat(2, 0).repeat(2, 1)[:height, :width]
     return np.where(weight[..., None] > 0, values, fine)

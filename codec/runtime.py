@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent / "zoo"
 """The models that ship with the package."""
 
-DEFAULT_MODEL = "hourglass-2"
+DEFAULT_MODEL = "hourglass-3"
 
 
 def model_ids(zoo: Path = ZOO) -> list[str]:

@@ -125,7 +125,7 @@ BAD_REQUESTS = {
     "format": ("Decode", pb.DecodeRequest(file=b"x", format=77), "INVALID_ARGUMENT", "InvalidArgument"),
     "tensor": (
         "Decode",
-        pb.DecodeRequest(code=pb.Code(model="hourglass-2", width=16, height=16, tensors=[pb.Tensor(name="y")])),
+        pb.DecodeRequest(code=pb.Code(model="hourglass-3", width=16, height=16, tensors=[pb.Tensor(name="y")])),
         "INVALID_ARGUMENT",
         "CodeError",
     ),
@@ -135,7 +135,7 @@ BAD_REQUESTS = {
         "NOT_FOUND",
         "UnknownModelError",
     ),
-    "code size": ("Decode", pb.DecodeRequest(code=pb.Code(model="hourglass-2")), "INVALID_ARGUMENT", "CodeError"),
+    "code size": ("Decode", pb.DecodeRequest(code=pb.Code(model="hourglass-3")), "INVALID_ARGUMENT", "CodeError"),
 }
 
 

@@ -36,7 +36,16 @@ from numpy.typing import NDArray
 
 from hourglass.codec.errors import HourglassError, ImageError, InvalidArgument, LimitError, LossWarning
 from hourglass.codec.limits import Limits
-from hourglass.codec.metadata import KINDS, PNG_MAGIC, colour_key, png_chunks, png_gamut, reset_exif, reset_xmp
+from hourglass.codec.metadata import (
+    KINDS,
+    PNG_MAGIC,
+    colour_key,
+    drop_orientation,
+    png_chunks,
+    png_gamut,
+    reset_exif,
+    reset_xmp,
+)
 from hourglass.codec.metadata import Metadata as Metadata
 
 if TYPE_CHECKING:
@@ -254,7 +263,6 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
 
 def _fitting(metadata: Metadata, format: str) -> tuple[Metadata, list[str]]:
     """What of `metadata` the format can hold, and a sentence for each kind that it cannot."""
-    from PIL import Image
 
     kept, losses = {}, []
     room = {"exif": _JPEG_SEGMENT - 6, "xmp": _JPEG_SEGMENT - 29, "iptc": _JPEG_SEGMENT - 28, "icc": 255 * 65519}
@@ -268,13 +276,34 @@ def _fitting(metadata: Metadata, format: str) -> tuple[Metadata, list[str]]:
             losses.append(f"JPEG holds {room[kind]} bytes of {label}; {len(content)} bytes are dropped")
         else:
             kept[kind] = content
-    if "exif" in kept and format in ("TIFF", "AVIF"):  # there Pillow writes it anew
+    if "exif" in kept and format in ("AVIF", "TIFF"):  # there Pillow parses it, or writes it anew
         try:
-            Image.Exif().load(kept["exif"])
+            if format == "AVIF":
+                kept["exif"] = drop_orientation(kept["exif"])
+            _describing(_parsed(kept["exif"])).tobytes()
         except Exception as exc:
             del kept["exif"]
             losses.append(f"EXIF cannot be written as {format} ({exc}); it is dropped")
     return Metadata(**kept), losses
+
+
+def _parsed(exif: bytes) -> Image.Exif:
+    from PIL import Image
+
+    tags = Image.Exif()
+    if exif:
+        tags.load(exif)
+    return tags
+
+
+def _describing(tags: Image.Exif) -> Image.Exif:
+    """Of EXIF, or a TIFF's directory, the tags that describe the picture, not how it is stored."""
+    from PIL import Image
+
+    kept = Image.Exif()
+    kept.update({tag: tags[tag] for tag in _TIFF_EXIF if tag in tags})
+    kept.update({ifd: dict(tags.get_ifd(ifd)) for ifd in (0x8769, 0x8825) if ifd in tags})
+    return kept
 
 
 def _save_options(metadata: Metadata, format: str) -> dict[str, Any]:
@@ -295,10 +324,7 @@ def _save_options(metadata: Metadata, format: str) -> dict[str, Any]:
         segment = b"Photoshop 3.0\0" + resource + bytes(len(resource) & 1)
         options["extra"] = b"\xff\xed" + struct.pack(">H", len(segment) + 2) + segment
     if format == "TIFF" and metadata.size > len(metadata.icc):
-        from PIL import Image
-
-        tags = options["exif"] = Image.Exif()
-        tags.load(metadata.exif)
+        tags = options["exif"] = _describing(_parsed(metadata.exif))
         tags.update({tag: part for tag, part in ((_XMP_TAG, metadata.xmp), (_IPTC_TAG, metadata.iptc)) if part})
     return options
 
@@ -488,12 +514,8 @@ class Reader:
 
     def tiff_exif(self, opened: Any) -> bytes:
         """EXIF structure with the tags of a TIFF that describe the picture, b"" for none."""
-        from PIL import Image
-
         try:
-            tags, kept = opened.getexif(), Image.Exif()
-            kept.update({tag: tags[tag] for tag in _TIFF_EXIF if tag in tags})
-            kept.update({ifd: dict(tags.get_ifd(ifd)) for ifd in (0x8769, 0x8825) if ifd in tags})
+            kept = _describing(opened.getexif())
             return bytes(kept.tobytes()) if len(kept) else b""
         except Exception as exc:
             self.lose(f"has EXIF that cannot be read ({exc}); it is dropped")

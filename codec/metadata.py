@@ -61,6 +61,18 @@ def reset_exif(exif: bytes) -> tuple[int, bytes]:
     return orientation, bytes(out)
 
 
+def drop_orientation(exif: bytes) -> bytes:
+    """EXIF as `reset_exif` leaves it, without its orientation tag; nothing else moves."""
+    order = "<" if exif[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(order + "L", exif, 4)
+    (count,) = struct.unpack_from(order + "H", exif, start)
+    end = start + 2 + 12 * count
+    entries = [exif[at : at + 12] for at in range(start + 2, end, 12)]
+    left = [entry for entry in entries if struct.unpack_from(order + "H", entry)[0] != _ORIENTATION]
+    table = struct.pack(order + "H", len(left)) + b"".join(left) + exif[end : end + 4]
+    return exif[:start] + table.ljust(end + 4 - start, b"\0") + exif[end + 4 :]
+
+
 def reset_xmp(xmp: bytes) -> tuple[int, bytes]:
     """(orientation, 0 for none; XMP with it set to 1)."""
     found = _XMP_ORIENTATION.search(xmp)

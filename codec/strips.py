@@ -36,6 +36,8 @@ _HOLDS = {"PPM": set[str](), "PNG": {"icc", "exif", "xmp"}, "TIFF": {"icc", "xmp
 _PNM = re.compile(rb"P([56])((?:\s+|#[^\r\n]*[\r\n])+)(\d{1,9})((?:\s+|#[^\r\n]*[\r\n])+)(\d{1,9})"
                   rb"((?:\s+|#[^\r\n]*[\r\n])+)255\s")  # fmt: skip
 _CHUNK = 1 << 20
+_FEW = 16
+"""Rows that libvips is asked for at once: it keeps several times as many in memory."""
 
 
 class Strips:
@@ -158,11 +160,14 @@ def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: im
         raise ImageError(f"{name} cannot be decoded as a picture: {_reason(exc)}") from exc
 
     def fetch(y: int, count: int) -> NDArray[np.uint8]:
+        part = np.empty((count, width, 1 if grey else 3), np.uint8)
         try:
-            part = np.frombuffer(region.fetch(0, y, width, count), np.uint8)
+            for at in range(0, count, _FEW):
+                few = min(_FEW, count - at)
+                part[at : at + few].reshape(-1)[:] = np.frombuffer(region.fetch(0, y + at, width, few), np.uint8)
         except pyvips.Error as exc:
             raise ImageError(f"{name} cannot be decoded as a picture: {_reason(exc)}") from exc
-        return part if transform is None else _through(transform, part.reshape(count, width, -1), grey)
+        return part if transform is None else _through(transform, part, grey)
 
     def close() -> None:
         nonlocal region, picture

@@ -98,6 +98,7 @@ HOLDS = {
 _JPEG_SEGMENT = 65535 - 2
 _IPTC_RESOURCE = 0x0404
 _XMP_TAG, _IPTC_TAG = 700, 33723
+_NO_EXIF = 20  # bytes that Pillow makes of no tags at all
 _BAND_PIXELS = 1 << 20
 _ICC_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab"}
 _COLOURED = ("P", "PA", "RGB", "RGBA", "RGBX", "YCbCr", "HSV")
@@ -245,7 +246,8 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
         raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(HOLDS))}")
     if not isinstance(picture, Picture):
         picture = _from_array(picture, Limits(pixels=1 << 62))
-    metadata, losses = _fitting(picture.metadata, format)
+    with _quiet():
+        metadata, losses = _fitting(picture.metadata, format)
     pixels = picture.pixels
     if picture.alpha is not None and "alpha" not in HOLDS[format]:
         losses.append(f"{format} holds no transparency; it is put on white")
@@ -254,7 +256,8 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
         warnings.warn(loss, LossWarning, stacklevel=2)
     out = io.BytesIO()
     try:
-        Image.fromarray(pixels).save(out, format, **_OPTIONS.get(format, {}), **_save_options(metadata, format))
+        with _quiet():
+            Image.fromarray(pixels).save(out, format, **_OPTIONS.get(format, {}), **_save_options(metadata, format))
     except (OSError, ValueError, MemoryError) as exc:
         size = f"{picture.width}x{picture.height}"
         raise InvalidArgument(f"a picture of {size} pixels cannot be written as {format}: {exc}") from exc
@@ -278,8 +281,9 @@ def _fitting(metadata: Metadata, format: str) -> tuple[Metadata, list[str]]:
             kept[kind] = content
     if "exif" in kept and format in ("AVIF", "TIFF"):  # there Pillow parses it, or writes it anew
         try:
+            _, exif = reset_exif(kept["exif"])
             if format == "AVIF":
-                kept["exif"] = drop_orientation(kept["exif"])
+                kept["exif"] = drop_orientation(exif)
             _describing(_parsed(kept["exif"])).tobytes()
         except Exception as exc:
             del kept["exif"]
@@ -302,7 +306,9 @@ def _describing(tags: Image.Exif) -> Image.Exif:
 
     kept = Image.Exif()
     kept.update({tag: tags[tag] for tag in _TIFF_EXIF if tag in tags})
-    kept.update({ifd: dict(tags.get_ifd(ifd)) for ifd in (0x8769, 0x8825) if ifd in tags})
+    for ifd in (0x8769, 0x8825):  # EXIF proper, GPS
+        if ifd in tags:
+            kept.get_ifd(ifd).update(tags.get_ifd(ifd))
     return kept
 
 
@@ -365,20 +371,31 @@ _QUIET = ("ignore", None, Warning, re.compile(r"PIL\b"), 0)
 
 
 @contextmanager
-def pillow_errors(name: str) -> Iterator[None]:
-    """Pillow's plug-ins raise whatever a broken file makes them stumble over; here it becomes ours.
-
-    Pillow's warnings about the file are silenced meanwhile, with a filter that is counted: leaving
-    `warnings.catch_warnings` in one thread would end the silence of the others.
-    """
+def _quiet() -> Iterator[None]:
+    """Silence Pillow's warnings about a file, with a filter that is counted: leaving `warnings.catch_warnings` in one
+    thread would end the silence of the others."""
     global _quiet_users
-    from PIL import Image
-
     with _quiet_lock:
         _quiet_users += 1
         cast("list[Any]", warnings.filters).insert(0, _QUIET)
     try:
         yield
+    finally:
+        with _quiet_lock:
+            _quiet_users -= 1
+            if _quiet_users == 0:
+                filters = cast("list[Any]", warnings.filters)
+                filters[:] = [entry for entry in filters if entry is not _QUIET]
+
+
+@contextmanager
+def pillow_errors(name: str) -> Iterator[None]:
+    """Pillow's plug-ins raise whatever a broken file makes them stumble over; here it becomes ours."""
+    from PIL import Image
+
+    try:
+        with _quiet():
+            yield
     except HourglassError:
         raise
     except Image.DecompressionBombError as exc:
@@ -386,12 +403,6 @@ def pillow_errors(name: str) -> Iterator[None]:
     except Exception as exc:
         reason = str(exc) or type(exc).__name__
         raise ImageError(f"{name} cannot be decoded as a picture: {reason}") from exc
-    finally:
-        with _quiet_lock:
-            _quiet_users -= 1
-            if _quiet_users == 0:
-                filters = cast("list[Any]", warnings.filters)
-                filters[:] = [entry for entry in filters if entry is not _QUIET]
 
 
 class Reader:
@@ -403,6 +414,7 @@ class Reader:
         self.losses: list[str] = []
         self.png: dict[bytes, bytes] = {}
         self.depth = 0  # bits a sample where the header says it, else 0
+        self.monochrome = False  # an AVIF without colour, RGB to Pillow
 
     def lose(self, what: str) -> None:
         self.losses.append(f"{self.name} {what}")
@@ -415,12 +427,16 @@ class Reader:
         """Read the header. Raises `ImageError` and `LimitError`."""
         from PIL import Image, UnidentifiedImageError
 
-        head = file.read(30)
+        head = file.read(1 << 16)
         file.seek(0)
         if head.startswith(PNG_MAGIC):
             self.read_png_chunks(file)
         elif head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":  # Pillow allocates its canvas on opening
             self.limits.check_size(*(1 + int.from_bytes(head[i : i + 3], "little") for i in (24, 27)))
+        elif head[4:8] == b"ftyp" and (av1 := head.find(b"av1C")) >= 0 and len(head) > av1 + 6:
+            flags = head[av1 + 6]
+            self.depth = 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
+            self.monochrome = bool(flags & 0x10)
         file.seek(0)
         try:
             opened: Any = Image.open(file, formats=READABLE)
@@ -516,7 +532,8 @@ class Reader:
         """EXIF structure with the tags of a TIFF that describe the picture, b"" for none."""
         try:
             kept = _describing(opened.getexif())
-            return bytes(kept.tobytes()) if len(kept) else b""
+            content = bytes(kept.tobytes())
+            return content if len(content) > _NO_EXIF else b""
         except Exception as exc:
             self.lose(f"has EXIF that cannot be read ({exc}); it is dropped")
             return b""
@@ -575,6 +592,8 @@ class Reader:
             self.lose(f"has {opened.mode} samples; they are converted to RGB")
         grey = opened.mode in ("1", "L", "LA", "La", "F") or opened.mode.startswith("I")
         grey = grey or (bool(self.png) and self.png[b"IHDR"][9] == 4)  # 16-bit grey with alpha, RGBA to Pillow
+        if self.monochrome and not grey:  # the flag could be that of the alpha
+            grey = all(_is_grey(np.asarray(part)) for part in _bands(opened))
         if opened.mode in ("P", "PA"):
             grey = icc[16:20] != b"RGB " and _grey_palette(opened)
         return grey, "L" if grey else "RGB"
@@ -648,6 +667,10 @@ def _alpha(part: Image.Image, key: NDArray[np.uint16] | None) -> NDArray[np.uint
     if part.mode not in ("LA", "PA", "RGBA"):
         part = part.convert("RGBA")
     return np.asarray(part.getchannel("A"))
+
+
+def _is_grey(pixels: NDArray[np.uint8]) -> bool:
+    return bool(np.array_equal(pixels[:, :, 0], pixels[:, :, 1]) and np.array_equal(pixels[:, :, 1], pixels[:, :, 2]))
 
 
 def _grey_palette(picture: Image.Image) -> bool:

@@ -257,7 +257,10 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
     out = io.BytesIO()
     try:
         with _quiet():
-            Image.fromarray(pixels).save(out, format, **_OPTIONS.get(format, {}), **_save_options(metadata, format))
+            options = {**_OPTIONS.get(format, {}), **_save_options(metadata, format)}
+            if format == "AVIF" and pixels.ndim == 2:
+                options["subsampling"] = "4:0:0"
+            Image.fromarray(pixels).save(out, format, **options)
     except (OSError, ValueError, MemoryError) as exc:
         size = f"{picture.width}x{picture.height}"
         raise InvalidArgument(f"a picture of {size} pixels cannot be written as {format}: {exc}") from exc
@@ -309,6 +312,7 @@ def _describing(tags: Image.Exif) -> Image.Exif:
     for ifd in (0x8769, 0x8825):  # EXIF proper, GPS
         if ifd in tags:
             kept.get_ifd(ifd).update(tags.get_ifd(ifd))
+            kept[ifd] = 0  # where it is: Pillow fills it in
     return kept
 
 

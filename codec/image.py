@@ -43,6 +43,7 @@ from hourglass.codec.metadata import (
     drop_orientation,
     png_chunks,
     png_gamut,
+    raw_profile,
     reset_exif,
     reset_xmp,
 )
@@ -96,17 +97,22 @@ HOLDS = {
 }
 
 _JPEG_SEGMENT = 65535 - 2
+_ROOM = {
+    "JPEG": {"exif": _JPEG_SEGMENT - 6, "xmp": _JPEG_SEGMENT - 29, "iptc": _JPEG_SEGMENT - 28, "icc": 255 * 65519},
+    "PNG": {"icc": 1 << 20},  # Pillow reads no more
+}
 _IPTC_RESOURCE = 0x0404
 _XMP_TAG, _IPTC_TAG = 700, 33723
 _NO_EXIF = 20  # bytes that Pillow makes of no tags at all
 _BAND_PIXELS = 1 << 20
 _ICC_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab"}
 _COLOURED = ("P", "PA", "RGB", "RGBA", "RGBX", "YCbCr", "HSV")
+_MORE_XMP = b"http://ns.adobe.com/xmp/extension/\0"
 _TIFF_EXIF = (270, 271, 272, 305, 306, 315, 316, 33432)
 """Tags of a TIFF's own directory that describe the picture: description, camera, software, date, artist, copyright."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Picture:
     """Pixels with their meaning."""
 
@@ -176,7 +182,8 @@ def load(
 
     `keep="none"` drops all metadata and so converts the colours to sRGB; `keep="icc"` keeps the profile only.
     `srgb=True` converts to sRGB and drops the profile. `frame` picks a frame of an animation or a page of a TIFF
-    from 0; without it the first is used, and a loss says that there are more.
+    from 0; without it the first is used, and a loss says that there are more. The pixels of an array are not copied
+    where they need not be.
 
     Raises `ImageError` (no readable picture), `LimitError` (more pixels or metadata than `limits` allow, found
     before they are decoded), `InvalidArgument` (an array of another shape or type, a frame that is not there) and
@@ -246,6 +253,8 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
         raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(HOLDS))}")
     if not isinstance(picture, Picture):
         picture = _from_array(picture, Limits(pixels=1 << 62))
+    if picture.grey and picture.metadata.icc and (format == "WEBP" or (format == "AVIF" and picture.alpha is not None)):
+        picture = _grey_in_srgb(picture)  # it is written as RGB, which a grey profile does not fit
     with _quiet():
         metadata, losses = _fitting(picture.metadata, format)
     pixels = picture.pixels
@@ -267,19 +276,29 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
     return out.getvalue()
 
 
+def _grey_in_srgb(picture: Picture) -> Picture:
+    from PIL import Image
+
+    transform, _ = Reader("the picture", Limits(), "none", True, None).transform(picture.metadata.icc, "L")
+    colour = picture.colour
+    if transform is not None:
+        parts = [np.asarray(transform(part))[:, :, 1] for part in _bands(Image.fromarray(colour))]
+        colour = np.concatenate(parts)
+    return replace(picture, colour=colour, metadata=replace(picture.metadata, icc=b""))
+
+
 def _fitting(metadata: Metadata, format: str) -> tuple[Metadata, list[str]]:
     """What of `metadata` the format can hold, and a sentence for each kind that it cannot."""
 
     kept, losses = {}, []
-    room = {"exif": _JPEG_SEGMENT - 6, "xmp": _JPEG_SEGMENT - 29, "iptc": _JPEG_SEGMENT - 28, "icc": 255 * 65519}
     for kind, label in KINDS.items():
         content: bytes = getattr(metadata, kind)
         if not content:
             continue
         if kind not in HOLDS[format]:
             losses.append(f"{format} holds no {label}; {len(content)} bytes are dropped")
-        elif format == "JPEG" and len(content) > room[kind]:
-            losses.append(f"JPEG holds {room[kind]} bytes of {label}; {len(content)} bytes are dropped")
+        elif len(content) > (room := _ROOM.get(format, {}).get(kind, len(content))):
+            losses.append(f"{format} holds {room} bytes of {label}; {len(content)} bytes are dropped")
         else:
             kept[kind] = content
     if "exif" in kept and format in ("AVIF", "TIFF"):  # there Pillow parses it, or writes it anew
@@ -512,7 +531,8 @@ class Reader:
         """What the picture has beside its pixels, with its orientation (1 to 8), which is reset to 1."""
         info = {key: value for key, value in opened.info.items() if isinstance(value, bytes)}
         exif = self.png.get(b"eXIf", b"") if self.png else info.get("exif", b"")
-        iptc = b""
+        exif = exif or raw_profile(opened.info.get("Raw profile type exif"))
+        iptc = raw_profile(opened.info.get("Raw profile type iptc"))
         photoshop = opened.info.get("photoshop")
         if isinstance(photoshop, dict):
             iptc = bytes(photoshop.get(_IPTC_RESOURCE, b""))
@@ -522,6 +542,8 @@ class Reader:
         xmp = self.png.get(b"xmp", b"") if self.png else info.get("xmp", b"")
         found = Metadata(info.get("icc_profile", b""), exif, xmp, iptc)
         self.limits.check_metadata(found.size)
+        if any(content.startswith(_MORE_XMP) for _, content in getattr(opened, "applist", ())):
+            self.lose("has XMP in more than one part; only the first is kept")
         orientation, xmp = reset_xmp(found.xmp)
         if exif:
             try:
@@ -571,6 +593,8 @@ class Reader:
         grey, space = self.space(opened, metadata.icc)
         transform, icc = self.transform(metadata.icc, space)
         key = colour_key(self.png, opened.mode)
+        if key is None and opened.mode.startswith("I") and isinstance(opened.info.get("transparency"), int):
+            key = np.array([opened.info["transparency"]])  # a PIL image that was read by its owner
         width, height = opened.size
         colour = np.empty((height, width) if grey else (height, width, 3), np.uint8)
         transparent = key is not None or opened.has_transparency_data
@@ -661,7 +685,7 @@ def _opaque(part: Image.Image, space: str) -> Image.Image:
     return part if part.mode == space else part.convert("RGB" if part.mode in _COLOURED else space)
 
 
-def _alpha(part: Image.Image, key: NDArray[np.uint16] | None) -> NDArray[np.uint8]:
+def _alpha(part: Image.Image, key: NDArray[Any] | None) -> NDArray[np.uint8]:
     """(H, W) alpha of a band: from a colour key (one value a channel), or from the picture's own."""
     if key is not None:
         same = np.asarray(part.convert("L") if part.mode == "1" else part) == key

@@ -127,6 +127,16 @@ def _itxt(rest: bytes, limits: Limits) -> bytes:
     return text
 
 
+def raw_profile(text: object) -> bytes:
+    """What ImageMagick's text chunk "Raw profile type ..." holds: name, length and hexadecimal lines; b"" for none."""
+    if not isinstance(text, str):
+        return b""
+    try:
+        return bytes.fromhex("".join(text.split("\n")[3:]))
+    except ValueError:
+        return b""
+
+
 def png_gamut(png: dict[bytes, bytes]) -> str:
     """What a PNG without profile says of its colours that is not sRGB, "" for nothing."""
     if b"iCCP" in png or b"sRGB" in png:

@@ -156,8 +156,8 @@ def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: im
         if (picture.width, picture.height, picture.bands, picture.format) != (width, height, 1 if grey else 3, "uchar"):
             return None
         region = pyvips.Region.new(picture)
-    except pyvips.Error as exc:
-        raise ImageError(f"{name} cannot be decoded as a picture: {_reason(exc)}") from exc
+    except pyvips.Error:  # a kind of file that only Pillow reads, or none
+        return None
 
     def fetch(y: int, count: int) -> NDArray[np.uint8]:
         part = np.empty((count, width, 1 if grey else 3), np.uint8)

@@ -39,6 +39,7 @@ from hourglass.codec.limits import Limits
 from hourglass.codec.metadata import (
     KINDS,
     PNG_MAGIC,
+    TIFF_MAGIC,
     colour_key,
     drop_orientation,
     png_chunks,
@@ -46,6 +47,7 @@ from hourglass.codec.metadata import (
     raw_profile,
     reset_exif,
     reset_xmp,
+    tiff_pages,
 )
 from hourglass.codec.metadata import Metadata as Metadata
 
@@ -437,6 +439,7 @@ class Reader:
         self.losses: list[str] = []
         self.png: dict[bytes, bytes] = {}
         self.depth = 0  # bits a sample where the header says it, else 0
+        self.pages = 0  # of a TIFF that is read from a file
         self.monochrome = False  # an AVIF without colour, RGB to Pillow
 
     def lose(self, what: str) -> None:
@@ -460,6 +463,8 @@ class Reader:
             flags = head[av1 + 6]
             self.depth = 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
             self.monochrome = bool(flags & 0x10)
+        elif head[:4] in TIFF_MAGIC:
+            self.pages = tiff_pages(file)
         file.seek(0)
         try:
             opened: Any = Image.open(file, formats=READABLE)
@@ -477,15 +482,17 @@ class Reader:
         tile = opened.tile[0]
         highest = int(tile.args[-1])
         self.depth = highest.bit_length()
-        if tile.codec_name != "ppm":  # in plain text
-            return cast("Image.Image", opened)
         shape = (opened.height, opened.width, *((3,) if opened.mode == "RGB" else ()))
-        size = math.prod(shape) * (2 if highest > 255 else 1)
+        count = math.prod(shape)
         file.seek(tile.offset)
-        values = np.frombuffer(file.read(size), ">u2" if highest > 255 else "u1")
-        if values.nbytes != size:
-            raise ImageError(f"{self.name} is cut short: {values.nbytes} of {size} bytes of pixels")
-        table = np.minimum((np.arange(1 << 16) * 510 + highest) // (2 * highest), 255).astype(np.uint8)
+        if tile.codec_name == "ppm_plain":
+            values = np.fromstring(re.sub(rb"#[^\r\n]*", b"", file.read()), np.int32, count, sep=" ")
+        else:
+            kind = np.dtype(">u2" if highest > 255 else "u1")
+            values = np.frombuffer(file.read(count * kind.itemsize), kind, -1)
+        if values.size != count or not 0 <= int(values.min()) <= int(values.max()) <= highest:
+            raise ImageError(f"{self.name} is cut short or damaged: expected {count} values of 0 to {highest}")
+        table = ((np.arange(highest + 1) * 510 + highest) // (2 * highest)).astype(np.uint8)
         return Image.fromarray(table[values].reshape(shape))
 
     def choose_frame(self, frames: int, current: int = 0) -> None:
@@ -519,7 +526,7 @@ class Reader:
 
     def seek(self, opened: Image.Image) -> None:
         # A phone's JPEG may hold a second picture (MPO: preview, depth); that is no animation.
-        frames = getattr(opened, "n_frames", 1) if opened.format not in ("JPEG", "MPO") else 1
+        frames = 1 if opened.format in ("JPEG", "MPO") else self.pages or getattr(opened, "n_frames", 1)
         self.choose_frame(frames, opened.tell() if frames > 1 else 0)
         if self.frame:
             try:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from hourglass.codec import image
 from hourglass.codec.errors import ImageError, InvalidArgument, LossWarning
 from hourglass.codec.limits import Limits
-from hourglass.codec.metadata import KINDS, PNG_MAGIC, Metadata
+from hourglass.codec.metadata import KINDS, PNG_MAGIC, TIFF_MAGIC, Metadata, tiff_pages
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -203,7 +203,10 @@ def _header(file: IO[bytes], head: bytes, reader: image.Reader) -> Any:
         return PngImagePlugin.PngImageFile(file)
     if head.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.JpegImageFile(file)
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if head[:4] in TIFF_MAGIC:
+        if tiff_pages(file) > 1:
+            return None
+        file.seek(0)
         return TiffImagePlugin.TiffImageFile(file)
     return None
 
@@ -226,7 +229,6 @@ def _by_rows(opened: Any, reader: image.Reader) -> bool:
         and set(tags.get(339, (1,))) == {1}
         and tags.get(274, 1) == 1
         and tags.get(259, 1) in (1, 5, 8, 32773, 32946)
-        and getattr(opened, "n_frames", 1) == 1
     )
 
 

@@ -244,7 +244,11 @@ def test_more_than_eight_bits(picture: Image.Image) -> None:
     assert "16 bits" in image.load(ppm).losses[0]
     few = image.load(b"P5 4 1 3\n\0\1\2\3")
     assert (few.colour.tolist(), few.losses) == ([[0, 85, 170, 255]], ())
-    assert image.load(b"P2 2 1 7\n0 7\n").colour.tolist() == [[0, 255]]
+    assert image.load(b"P2 2 1 7\n0 # none\n7\n").colour.tolist() == [[0, 255]]
+    assert image.load(b"P3 1 1 255 1 2\n3").colour.tolist() == [[[1, 2, 3]]]
+    for bad in (b"P2 2 1 7\n0 8\n", b"P2 2 1 7\n0\n", b"P2 2 1 7\n0 x\n", b"P5 2 1 7\n\0", b"P5 2 1 7\n\0\x08"):
+        with pytest.raises(errors.ImageError):
+            image.load(bad)
     data = bytearray(_file(Image.fromarray(deep), "TIFF"))
     at = data.index(struct.pack("<HHLH", 262, 3, 1, 1))
     data[at + 8] = 0  # white is zero
@@ -541,7 +545,11 @@ def _bombs() -> dict[str, bytes]:
     text = b"Comment\0\0" + zeros
     dot = _png(1, 1, 8, 0, b"\0\7")
     webp = b"VP8X" + struct.pack("<L", 10) + bytes(4) + b"\xfe\x3f\0" * 2 + b"VP8L" + struct.pack("<L", 8) + bytes(8)
+    page = _file(Image.fromarray(np.array([[7]], np.uint8)), "TIFF")
+    page = page[8 : 8 + 2 + 12 * page[8]]
+    pages = b"".join(page + struct.pack("<L", 8 + (len(page) + 4) * (n + 1)) for n in range(20_000))
     return {
+        "pages": b"II*\0\x08\0\0\0" + pages,
         "pixels": _png(30000, 30000, 8, 2, b"", (b"tEXt", b"a\0b")),
         "sides": _png(1 << 30, 1, 8, 0, b""),
         "text": _png(1, 1, 8, 0, b"\0\7", *[(b"zTXt", text)] * 20),
@@ -560,14 +568,14 @@ def _bombs() -> dict[str, bytes]:
 @pytest.mark.parametrize("name", list(_bombs()))
 def test_bombs(name: str) -> None:
     data = _bombs()[name]
-    started = time.monotonic()
+    started = time.process_time()
     try:
         got = image.load(data, frame=0 if name == "frames" else None)
     except (errors.ImageError, errors.LimitError):
         pass
     else:
-        assert got.colour.tolist() == [[7 if name != "IDAT" else 0]]
-    assert time.monotonic() - started < 2
+        assert name == "pages" or got.colour.tolist() == [[7 if name != "IDAT" else 0]]
+    assert time.process_time() - started < 2
 
 
 def test_pillow_warns_nobody(picture: Image.Image) -> None:

@@ -208,7 +208,11 @@ def load(
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return reader.from_pillow(source)
+        at = source.tell()
+        try:
+            return reader.from_pillow(source)
+        finally:
+            source.seek(at)
     raise InvalidArgument(
         f"image is a {type(source).__name__}; expected a path, the bytes of an image file, a PIL image or a numpy array"
     )
@@ -612,7 +616,9 @@ class Reader:
             if alpha is not None:
                 alpha[here] = _alpha(part, key)
             flat = reduction(part) if reduction else _opaque(part, space)
-            pixels = np.asarray(transform(flat) if transform else flat if flat.mode == "L" else flat.convert("RGB"))
+            pixels = np.asarray(
+                transform(flat) if transform else flat if flat.mode in ("L", "RGB") else flat.convert("RGB")
+            )
             if pixels.ndim == 2:
                 pixels = pixels[:, :, None]
             colour[here] = pixels[:, :, pixels.shape[2] // 2] if grey else pixels

@@ -1,4 +1,4 @@
-"""What a picture file says beside its pixels, read from the bytes: EXIF and XMP orientation, a PNG's chunks."""
+"""A picture with its metadata, and what is read of them from bytes: EXIF and XMP orientation, a PNG's chunks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import os
 import re
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import IO
+from dataclasses import dataclass, field
+from typing import IO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec.errors import ImageError
+from hourglass.codec.errors import ImageError, InvalidArgument
 from hourglass.codec.limits import Limits
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""(H, W) grey, (H, W, 2) grey and alpha, (H, W, 3) RGB or (H, W, 4) RGBA; uint8, alpha not premultiplied."""
+
+Keep: TypeAlias = Literal["all", "icc", "none"]
+"""Metadata kept: all, the ICC profile only, or none (then the pixels are converted to sRGB)."""
 
 KINDS = {"icc": "ICC profile", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC"}
 """Field of `Metadata` -> what messages call it."""
@@ -43,6 +49,47 @@ class Metadata:
     def size(self) -> int:
         """Bytes of all kinds together."""
         return len(self.icc) + len(self.exif) + len(self.xmp) + len(self.iptc)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Pixels with their meaning."""
+
+    colour: NDArray[np.uint8]
+    """(H, W, 3) RGB or (H, W) grey, C-contiguous."""
+    alpha: NDArray[np.uint8] | None = None
+    """(H, W), not premultiplied; None when there is none or all is 255."""
+    metadata: Metadata = field(default_factory=Metadata)
+    losses: tuple[str, ...] = ()
+    """One sentence for each thing that the source held and this does not."""
+
+    def __post_init__(self) -> None:
+        shape = self.colour.shape
+        if self.colour.dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)) or 0 in shape:
+            raise InvalidArgument(
+                f"colour is an array {shape} {self.colour.dtype}; expected (H, W, 3) or (H, W) uint8, not empty"
+            )
+        if self.alpha is not None and (self.alpha.dtype != np.uint8 or self.alpha.shape != shape[:2]):
+            raise InvalidArgument(
+                f"alpha is an array {self.alpha.shape} {self.alpha.dtype}; expected {shape[:2]} uint8, as its colour"
+            )
+
+    @property
+    def pixels(self) -> Pixels:
+        """Colour and alpha as one array."""
+        return self.colour if self.alpha is None else np.dstack((self.colour, self.alpha))
+
+    @property
+    def width(self) -> int:
+        return int(self.colour.shape[1])
+
+    @property
+    def height(self) -> int:
+        return int(self.colour.shape[0])
+
+    @property
+    def grey(self) -> bool:
+        return self.colour.ndim == 2
 
 
 def reset_exif(exif: bytes) -> tuple[int, bytes]:

@@ -21,10 +21,10 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import image
 from hourglass.codec.errors import ImageError, InvalidArgument, LossWarning
 from hourglass.codec.limits import Limits
-from hourglass.codec.metadata import KINDS, PNG_MAGIC, TIFF_MAGIC, Metadata, tiff_pages
+from hourglass.codec.metadata import KINDS, PNG_MAGIC, TIFF_MAGIC, Keep, Metadata, tiff_pages
+from hourglass.codec.reader import Reader, kept, pillow_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,9 +82,7 @@ class Strips:
         self.close()
 
 
-def open_strips(
-    path: str | os.PathLike[str], limits: Limits | None = None, *, keep: image.Keep = "all"
-) -> Strips | None:
+def open_strips(path: str | os.PathLike[str], limits: Limits | None = None, *, keep: Keep = "all") -> Strips | None:
     """Open a picture file for reading by rows; None when it must be read whole (or libvips is not installed).
 
     `keep` is as in `image.load`: "none" converts to sRGB. Of `limits` the side and the metadata are checked, not the
@@ -133,13 +131,13 @@ def _open_pnm(file: IO[bytes], head: bytes, name: str, limits: Limits) -> Strips
     return Strips(width, height, grey, fetch, file.close)
 
 
-def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: image.Keep) -> Strips | None:
+def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: Keep) -> Strips | None:
     try:
         import pyvips
     except (ImportError, OSError):  # OSError: pyvips without its library
         return None
-    reader = image.Reader(name, limits, keep, keep == "none", None)
-    with image.pillow_errors(name):
+    reader = Reader(name, limits, keep, keep == "none", None)
+    with pillow_errors(name):
         opened = _header(file, head, reader)
         if opened is None or not _by_rows(opened, reader):
             return None
@@ -173,8 +171,7 @@ def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: im
         nonlocal region, picture
         region = picture = None
 
-    kept = image.kept(metadata, icc, keep)
-    return Strips(width, height, grey, fetch, close, kept, tuple(reader.losses))
+    return Strips(width, height, grey, fetch, close, kept(metadata, icc, keep), tuple(reader.losses))
 
 
 def _reason(exc: Exception) -> str:
@@ -189,7 +186,7 @@ def _through(transform: Callable[[Image.Image], Image.Image], part: NDArray[np.u
     return np.ascontiguousarray(pixels[:, :, 1]) if grey else pixels
 
 
-def _header(file: IO[bytes], head: bytes, reader: image.Reader) -> Any:
+def _header(file: IO[bytes], head: bytes, reader: Reader) -> Any:
     """The picture with its header read, as Pillow has it; None for a format that is not read by rows.
 
     Not by `Image.open`, which refuses pictures of this size.
@@ -211,7 +208,7 @@ def _header(file: IO[bytes], head: bytes, reader: image.Reader) -> Any:
     return None
 
 
-def _by_rows(opened: Any, reader: image.Reader) -> bool:
+def _by_rows(opened: Any, reader: Reader) -> bool:
     """Whether nothing about the picture needs all of it at once."""
     if opened.mode not in ("L", "RGB") or opened.has_transparency_data:
         return False

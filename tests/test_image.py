@@ -90,6 +90,12 @@ def _turned(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     }[orientation]  # fmt: skip
 
 
+def _alpha(source: image.ImageSource) -> NDArray[np.uint8]:
+    alpha = image.load(source).alpha
+    assert alpha is not None
+    return alpha
+
+
 def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">L", len(content)) + kind + content + struct.pack(">L", zlib.crc32(kind + content))
 
@@ -198,12 +204,12 @@ def test_palette_with_alpha_and_premultiplied(picture: Image.Image) -> None:
         step = 255 / np.maximum(values[:, :, 3:].astype(float), 1)
         assert (abs(got - values)[:, :, :3] <= step + 1).all()
     for kept in (clear.convert("RGBa"), clear.convert("LA").convert("La")):
-        assert np.array_equal(image.load(kept).alpha, values[:, :, 3])
+        assert np.array_equal(_alpha(kept), values[:, :, 3])
     palette = picture.quantize(16)
-    data = _file(palette, "PNG", transparency=bytes(range(0, 160, 10)))
-    assert np.array_equal(image.load(data).alpha, np.asarray(palette) * 10)
-    one = image.load(_file(palette, "GIF", transparency=3))
-    assert np.array_equal(one.alpha, np.where(np.asarray(Image.open(io.BytesIO(_file(palette, "GIF")))) == 3, 0, 255))
+    keyed = _file(palette, "PNG", transparency=bytes(range(0, 160, 10)))
+    assert np.array_equal(_alpha(keyed), np.asarray(palette) * 10)
+    one = _alpha(_file(palette, "GIF", transparency=3))
+    assert np.array_equal(one, np.where(np.asarray(Image.open(io.BytesIO(_file(palette, "GIF")))) == 3, 0, 255))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
@@ -323,7 +329,11 @@ def test_second_picture_of_a_phone_is_no_frame(picture: Image.Image) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_orientation_is_applied_once(format: str, orientation: int, picture: Image.Image) -> None:
-    exact = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}, "AVIF": {"quality": 95}}
+    exact: dict[str, dict[str, Any]] = {
+        "WEBP": {"lossless": True},
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "AVIF": {"quality": 95},
+    }
     data = _file(picture, format, exif=b"Exif\0\0" + _exif(orientation), **exact.get(format, {}))
     got = image.load(data)
     plain = image.load(_file(picture, format, **exact.get(format, {}))).colour
@@ -459,7 +469,8 @@ def test_profiles(picture: Image.Image) -> None:
 
 @pytest.mark.parametrize("profile", [LAB, b"garbage", GREY, WIDE[:200], WIDE[:128] + bytes(len(WIDE) - 128)])
 def test_profile_that_does_not_fit(profile: bytes, picture: Image.Image) -> None:
-    for how in ({}, {"srgb": True}):
+    ways: list[dict[str, Any]] = [{}, {"srgb": True}]
+    for how in ways:
         got = image.load(_file(picture, "PNG", icc_profile=profile), **how)
         assert np.array_equal(got.colour, np.asarray(picture))
         assert got.metadata.icc == b""
@@ -501,9 +512,9 @@ def test_formats_that_are_not_read(format: str, picture: Image.Image) -> None:
 )
 def test_truncation_gives_the_picture_or_an_error(format: str, picture: Image.Image) -> None:
     kind, _, how = format.partition(" ")
-    whole = _file(
-        picture, kind, **{"progressive": {"progressive": True}, "lzw": {"compression": "tiff_lzw"}}.get(how, {})
-    )
+    ways: dict[str, dict[str, Any]] = {"progressive": {"progressive": True}, "lzw": {"compression": "tiff_lzw"}}
+    options = ways.get(how, {})
+    whole = _file(picture, kind, **options)
     pixels = image.load(whole).pixels
     cuts = {len(whole) * n // 50 for n in range(50)} | {len(whole) - n for n in range(1, 20)}
     for cut in sorted(cuts):
@@ -576,6 +587,19 @@ def test_bombs(name: str) -> None:
     else:
         assert name == "pages" or got.colour.tolist() == [[7 if name != "IDAT" else 0]]
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("profile", [None, WIDE])
+def test_bands_seam_nowhere(profile: bytes | None) -> None:
+    # more than one band, and a height that they do not divide
+    rng = np.random.default_rng(2)
+    colour = rng.integers(0, 256, (1501, 1003, 3), np.uint8)
+    data = _file(Image.fromarray(colour), "PNG", compress_level=1, icc_profile=profile)
+    assert np.array_equal(image.load(data).colour, colour)
+    if profile:
+        made = image.load(data, srgb=True).colour
+        strip = _file(Image.fromarray(colour[1030:1060]), "PNG", icc_profile=profile)
+        assert np.array_equal(made[1030:1060], image.load(strip, srgb=True).colour)
 
 
 def test_pillow_warns_nobody(picture: Image.Image) -> None:

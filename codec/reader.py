@@ -117,6 +117,7 @@ class Reader:
         file.seek(0)
         if head.startswith(PNG_MAGIC):
             self.read_png_chunks(file)
+            self.limits.check_size(*struct.unpack_from(">LL", self.png[b"IHDR"]))
         elif head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":  # Pillow allocates its canvas on opening
             self.limits.check_size(*(1 + int.from_bytes(head[i : i + 3], "little") for i in (24, 27)))
         elif head[4:8] == b"ftyp" and (av1 := head.find(b"av1C")) >= 0 and len(head) > av1 + 6:

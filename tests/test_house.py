@@ -39,7 +39,7 @@ ONLY_IN = {
     "torch": re.compile(r"codec/train/"),
     "onnx": re.compile(r"codec/train/"),
     "tqdm": re.compile(r"codec/train/"),
-    "PIL": re.compile(r"codec/(image|strips)\.py"),
+    "PIL": re.compile(r"codec/(image|reader|strips)\.py"),
     "pyvips": re.compile(r"codec/strips\.py"),
     "onnxruntime": re.compile(r"codec/(runtime|train/graphs)\.py"),
     "constriction": re.compile(r"codec/entropy\.py"),

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from hourglass.codec import container, entropy, image, metrics, prior, runtime
 from hourglass.codec.container import Header
-from hourglass.codec.errors import CodeError, ContainerError, CorruptError, InvalidArgument
+from hourglass.codec.errors import Cancelled, CodeError, ContainerError, CorruptError, InvalidArgument
 from hourglass.codec.image import ImageSource, Pixels
 from hourglass.codec.limits import Limits
 from hourglass.codec.quantise import (
@@ -146,6 +146,7 @@ class Codec:
         self._zoo = zoo
         self._lock = threading.Lock()
         self._models: dict[tuple[str, int], runtime.Model] = {}
+        self._stop = threading.Event()
         self.model = self._model(model).id
 
     def models(self) -> list[ModelInfo]:
@@ -237,11 +238,17 @@ class Codec:
         What runs in a thread gets the model that works in one thread.
         """
         tiles = tiles_of(width, height, model.tile.stride)
+
+        def one(tile: Tile, own: runtime.Model) -> _Result:
+            if self._stop.is_set():
+                raise Cancelled(f"stopped before tile {tile.number} of {len(tiles)}: nobody waits for the result")
+            return work(tile, own)
+
         if len(tiles) == 1 or self._threads == 1:
-            return [work(tile, model) for tile in tiles]
+            return [one(tile, model) for tile in tiles]
         single = self._model(model.id, 1)
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(lambda tile: work(tile, single), tiles))
+            return list(pool.map(lambda tile: one(tile, single), tiles))
 
     def _reach_size(self, source: ImageSource, settings: Settings, effort: Effort) -> _Coded:
         """The Code of the highest quality whose file is no larger than asked for."""
@@ -342,6 +349,12 @@ class Codec:
         """A codec that encodes with another model and shares all that is loaded. Raises `UnknownModelError`."""
         other = copy.copy(self)
         other.model = self._model(model).id
+        return other
+
+    def stopped_by(self, event: threading.Event) -> Codec:
+        """A codec that shares all that is loaded and raises `Cancelled` before its next tile once `event` is set."""
+        other = copy.copy(self)
+        other._stop = event
         return other
 
     def warm_up(self) -> None:

@@ -35,14 +35,16 @@ IMAGE_FORMAT_JPEG: ImageFormat
 IMAGE_FORMAT_WEBP: ImageFormat
 
 class Pixels(_message.Message):
-    __slots__ = ("width", "height", "rgb")
+    __slots__ = ("width", "height", "data", "channels")
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
-    RGB_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
     width: int
     height: int
-    rgb: bytes
-    def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., rgb: _Optional[bytes] = ...) -> None: ...
+    data: bytes
+    channels: int
+    def __init__(self, width: _Optional[int] = ..., height: _Optional[int] = ..., data: _Optional[bytes] = ..., channels: _Optional[int] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("name", "shape", "data_type", "data")
@@ -151,12 +153,20 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models", "default_model")
+    __slots__ = ("models", "default_model", "server_version", "max_pixels", "max_message_bytes", "max_stream_bytes")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_MODEL_FIELD_NUMBER: _ClassVar[int]
+    SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAM_BYTES_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     default_model: str
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., default_model: _Optional[str] = ...) -> None: ...
+    server_version: str
+    max_pixels: int
+    max_message_bytes: int
+    max_stream_bytes: int
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., default_model: _Optional[str] = ..., server_version: _Optional[str] = ..., max_pixels: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_stream_bytes: _Optional[int] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("id", "tensors", "manifest_json")
@@ -177,3 +187,155 @@ class TensorRule(_message.Message):
     channels: int
     stride: int
     def __init__(self, name: _Optional[str] = ..., channels: _Optional[int] = ..., stride: _Optional[int] = ...) -> None: ...
+
+class EncodeStreamRequest(_message.Message):
+    __slots__ = ("start", "chunk")
+    START_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    start: EncodeStart
+    chunk: bytes
+    def __init__(self, start: _Optional[_Union[EncodeStart, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class EncodeStart(_message.Message):
+    __slots__ = ("request", "pixels", "total_bytes")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    request: EncodeRequest
+    pixels: Pixels
+    total_bytes: int
+    def __init__(self, request: _Optional[_Union[EncodeRequest, _Mapping]] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class EncodeStreamResponse(_message.Message):
+    __slots__ = ("answer", "chunk")
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    answer: EncodeAnswer
+    chunk: bytes
+    def __init__(self, answer: _Optional[_Union[EncodeAnswer, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class EncodeAnswer(_message.Message):
+    __slots__ = ("response", "total_bytes")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    response: EncodeResponse
+    total_bytes: int
+    def __init__(self, response: _Optional[_Union[EncodeResponse, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class DecodeStreamRequest(_message.Message):
+    __slots__ = ("start", "chunk")
+    START_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    start: DecodeStart
+    chunk: bytes
+    def __init__(self, start: _Optional[_Union[DecodeStart, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class DecodeStart(_message.Message):
+    __slots__ = ("request", "is_code", "total_bytes")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    IS_CODE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    request: DecodeRequest
+    is_code: bool
+    total_bytes: int
+    def __init__(self, request: _Optional[_Union[DecodeRequest, _Mapping]] = ..., is_code: _Optional[bool] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class DecodeStreamResponse(_message.Message):
+    __slots__ = ("answer", "chunk")
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    answer: DecodeAnswer
+    chunk: bytes
+    def __init__(self, answer: _Optional[_Union[DecodeAnswer, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class DecodeAnswer(_message.Message):
+    __slots__ = ("response", "total_bytes")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    response: DecodeResponse
+    total_bytes: int
+    def __init__(self, response: _Optional[_Union[DecodeResponse, _Mapping]] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class EncodeBatchRequest(_message.Message):
+    __slots__ = ("id", "request")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    request: EncodeRequest
+    def __init__(self, id: _Optional[str] = ..., request: _Optional[_Union[EncodeRequest, _Mapping]] = ...) -> None: ...
+
+class EncodeBatchResponse(_message.Message):
+    __slots__ = ("id", "response", "failure")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    response: EncodeResponse
+    failure: Failure
+    def __init__(self, id: _Optional[str] = ..., response: _Optional[_Union[EncodeResponse, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class DecodeBatchRequest(_message.Message):
+    __slots__ = ("id", "request")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    request: DecodeRequest
+    def __init__(self, id: _Optional[str] = ..., request: _Optional[_Union[DecodeRequest, _Mapping]] = ...) -> None: ...
+
+class DecodeBatchResponse(_message.Message):
+    __slots__ = ("id", "response", "failure")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    response: DecodeResponse
+    failure: Failure
+    def __init__(self, id: _Optional[str] = ..., response: _Optional[_Union[DecodeResponse, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("code", "message", "reason", "retry_milliseconds")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RETRY_MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    reason: str
+    retry_milliseconds: int
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., reason: _Optional[str] = ..., retry_milliseconds: _Optional[int] = ...) -> None: ...
+
+class InspectRequest(_message.Message):
+    __slots__ = ("file",)
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    file: bytes
+    def __init__(self, file: _Optional[bytes] = ...) -> None: ...
+
+class InspectResponse(_message.Message):
+    __slots__ = ("format_version", "model", "width", "height", "quality", "total_bytes", "decodable", "sections")
+    FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DECODABLE_FIELD_NUMBER: _ClassVar[int]
+    SECTIONS_FIELD_NUMBER: _ClassVar[int]
+    format_version: int
+    model: str
+    width: int
+    height: int
+    quality: float
+    total_bytes: int
+    decodable: bool
+    sections: _containers.RepeatedCompositeFieldContainer[Section]
+    def __init__(self, format_version: _Optional[int] = ..., model: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., quality: _Optional[float] = ..., total_bytes: _Optional[int] = ..., decodable: _Optional[bool] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ...) -> None: ...
+
+class Section(_message.Message):
+    __slots__ = ("kind", "length", "crc32")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    kind: int
+    length: int
+    crc32: int
+    def __init__(self, kind: _Optional[int] = ..., length: _Optional[int] = ..., crc32: _Optional[int] = ...) -> None: ...

@@ -86,18 +86,32 @@ def code_from_message(message: pb.Code) -> Code:
     return Code(message.model, message.quality, message.width, message.height, tensors)
 
 
-def pixels_to_message(pixels: NDArray[np.uint8]) -> pb.Pixels:
-    height, width, _ = pixels.shape
-    return pb.Pixels(width=width, height=height, rgb=pixels.tobytes())
+def pixels_to_message(pixels: NDArray[np.uint8], *, samples: bool = True) -> pb.Pixels:
+    """pixels: (H, W) or (H, W, channels) uint8. samples: with them; else only what they are, when they go in chunks."""
+    height, width = pixels.shape[:2]
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    return pb.Pixels(width=width, height=height, channels=channels, data=pixels.tobytes() if samples else b"")
 
 
-def pixels_from_message(message: pb.Pixels) -> NDArray[np.uint8]:
-    """(height, width, 3) uint8, read only. Raises `InvalidArgument` when the bytes do not fit the size."""
-    return _array(message.rgb, "u1", (message.height, message.width, 3), "pixels.rgb", InvalidArgument)
+def pixels_from_message(message: pb.Pixels, samples: bytes | memoryview | None = None) -> NDArray[np.uint8]:
+    """(height, width) uint8 for one channel, (height, width, channels) for more; read only.
+
+    samples: the bytes, when they came in chunks. Raises `InvalidArgument` when the bytes do not fit the size.
+    """
+    shape = pixels_shape(message)
+    return _array(message.data if samples is None else samples, "u1", shape, "pixels.data", InvalidArgument)
+
+
+def pixels_shape(message: pb.Pixels) -> tuple[int, ...]:
+    """(height, width) for one channel, (height, width, channels) for 2 to 4; 3 when not set. Raises `InvalidArgument`."""
+    if message.channels > 4:
+        raise InvalidArgument(f"pixels.channels is {message.channels}; expected 1, 2, 3 or 4")
+    size = message.height, message.width
+    return size if message.channels == 1 else (*size, message.channels or 3)
 
 
 def _array(
-    data: bytes, dtype: str, shape: tuple[int, ...], what: str, error: type[CodeError | InvalidArgument]
+    data: bytes | memoryview, dtype: str, shape: tuple[int, ...], what: str, error: type[CodeError | InvalidArgument]
 ) -> NDArray[Any]:
     expected = np.dtype(dtype).itemsize
     for size in shape:  # Python's integers: a product of hostile sizes must not wrap around

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from hourglass.client import Client
 from hourglass.codec import Codec, metrics
-from hourglass.server.main import Config, Server
+from hourglass.server.config import Config
+from hourglass.server.worker import Server
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -57,7 +58,7 @@ def address() -> Iterator[str]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(Config(listen="127.0.0.1:0", workers=2))
+    server = Server(Config(listen="127.0.0.1:0", slots=2))
     asyncio.run_coroutine_threadsafe(server.start(), loop).result(60)
     yield f"127.0.0.1:{server.port}"
     asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)

@@ -103,7 +103,7 @@ def pixels_from_message(message: pb.Pixels, samples: bytes | memoryview | None =
 
 
 def pixels_shape(message: pb.Pixels) -> tuple[int, ...]:
-    """(height, width) for one channel, (height, width, channels) for 2 to 4; 3 when not set. Raises `InvalidArgument`."""
+    """(height, width) for one channel, (height, width, channels) for more; 3 when not set. Raises `InvalidArgument`."""
     if message.channels > 4:
         raise InvalidArgument(f"pixels.channels is {message.channels}; expected 1, 2, 3 or 4")
     size = message.height, message.width

@@ -58,6 +58,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.service_config", _SERVICE_CONFIG),
     ("grpc.per_rpc_retry_buffer_size", 128 << 20),  # by default a call above 256 KiB is silently never retried
+    ("grpc.use_local_subchannel_pool", 1),  # a connection for each client: load spreads over workers
     ("grpc.keepalive_time_ms", 60_000),  # finds a server that is gone without a word
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
@@ -125,7 +126,7 @@ def _target(addresses: list[str]) -> str:
         except (OSError, ValueError) as exc:
             raise errors.InvalidArgument(f"address {address!r} cannot be resolved: {exc}; expected HOST:PORT") from exc
         for family, _, _, _, place in infos:
-            name, number = str(place[0]), place[1]
+            name, number = str(place[0]), int(port)
             found[family].append(f"[{name}]:{number}" if ":" in name else f"{name}:{number}")
     if found[socket.AF_INET]:
         return "ipv4:" + ",".join(dict.fromkeys(found[socket.AF_INET]))

@@ -32,12 +32,13 @@ _log = logging.getLogger(__name__)
 
 _GAUGES_SECONDS = 1.0
 
-_NICE = 5
+_NICE = 2
 """How much the codec's threads stand back for the event loop, so that a full server still refuses at once."""
 
 
 class Server:
-    """A running service in this process: `start`, then `stop`. `port` is the one in use, also when 0 was asked for.
+    """A running service in this process: `start`, then `stop`. `port` is the one in use, also when 0 was asked for;
+    `admission` tells what is going on.
 
     shared: whether other processes serve on the same port. zoo: the folder of models.
     """
@@ -51,11 +52,11 @@ class Server:
         self._works = ThreadPoolExecutor(config.slots, thread_name_prefix="codec", initializer=_stand_back)
         self._light = ThreadPoolExecutor(2, thread_name_prefix="header")
         self._health = _Health()
-        self._admission = Admission(
+        self.admission = Admission(
             Bounds(config.slots, config.queue, config.queue_seconds, config.client_calls, config.memory_bytes)
         )
         self.telemetry = Telemetry(config.trace_endpoint)
-        self._desk = Desk(self._admission, self.telemetry, config.idle_seconds, self._tokens)
+        self._desk = Desk(self.admission, self.telemetry, config.idle_seconds, self._tokens)
         self._shared = shared
         self._servers: list[grpc.aio.Server] = []
         self._gauges: asyncio.Task[None] | None = None
@@ -65,7 +66,7 @@ class Server:
         """Warm the codec up, listen, and say SERVING. Raises `InvalidArgument` when listening fails."""
         await asyncio.get_running_loop().run_in_executor(self._works, self._codec.warm_up)
         await self._health.say(health_pb2.HealthCheckResponse.SERVING)
-        servicer = CodecServicer(self._codec, self._config, self._admission, self._works, self._light)
+        servicer = CodecServicer(self._codec, self._config, self.admission, self._works, self._light)
         interceptors = [TokenInterceptor(self._tokens)] if self._tokens else []
         server = grpc.aio.server(options=self._options(), interceptors=interceptors)
         server.add_generic_rpc_handlers((servicer.handlers(self._desk),))
@@ -86,7 +87,7 @@ class Server:
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse new calls, let those in flight finish within the grace."""
         grace = self._config.grace_seconds
-        self._admission.closing = True
+        self.admission.closing = True
         await self._health.say(health_pb2.HealthCheckResponse.NOT_SERVING)
         stopping = [asyncio.create_task(server.stop(grace)) for server in self._servers]
         with contextlib.suppress(TimeoutError):
@@ -116,7 +117,7 @@ class Server:
 
     async def _keep_gauges(self) -> None:
         while True:
-            admission = self._admission
+            admission = self.admission
             self.telemetry.gauges(
                 queue_length=admission.waiting,
                 running=admission.running,

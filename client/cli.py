@@ -314,7 +314,10 @@ def _distortion(content: bytes, decoded: codec.Picture, settings: codec.Settings
     """PSNR and MS-SSIM of what is seen: where there is alpha, of both pictures on white."""
     keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
     original = image.load(content, keep=keep, srgb=srgb, frame=frame)
-    pair = [image.read(picture.pixels) for picture in (original, decoded)]
+    pair = []
+    for picture in (original, decoded):
+        colour = picture.colour if picture.alpha is None else image.on_white(picture.colour, picture.alpha)
+        pair.append(colour if colour.ndim == 3 else colour[..., None].repeat(3, axis=2))
     return metrics.psnr(*pair), metrics.ms_ssim(*pair)
 
 

@@ -21,7 +21,7 @@ from hourglass.codec import errors, metrics
 from hourglass.codec.aim import parse_size
 from hourglass.codec.container import FileSource, Header, Section
 from hourglass.codec.errors import HourglassError
-from hourglass.codec.image import ImageSource, Metadata, Picture, Pixels
+from hourglass.codec.image import ImageSource, Keep, Metadata, Picture, Pixels
 from hourglass.codec.limits import Limits
 from hourglass.codec.pipeline import Code, Codec, Distortion, ModelInfo
 from hourglass.codec.quantise import Effort
@@ -39,6 +39,7 @@ __all__ = [
     "Header",
     "HourglassError",
     "ImageSource",
+    "Keep",
     "Limits",
     "Metadata",
     "ModelInfo",

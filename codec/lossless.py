@@ -92,7 +92,8 @@ class Outlook:
     @cached_property
     def is_nearly_empty(self) -> bool:
         """Whether there is next to nothing to store."""
-        return self._deflated < self._pixels.shape[0] * self._pixels.shape[1] / 40
+        height, width = self._pixels.shape[:2]
+        return self._deflated < int(height) * int(width) / 40
 
     def may_beat(self, size: int) -> bool:
         """Whether `pack` may come to `size` bytes or less."""

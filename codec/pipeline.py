@@ -28,7 +28,7 @@ from hourglass.codec import container, image, lossless, metrics, runtime
 from hourglass.codec.aim import Attempt, aim, parse_size
 from hourglass.codec.container import FileSource, Front, Header, Reader, Writer
 from hourglass.codec.decoding import KINDS, Decoding, as_colour, metadata_of, unstored, whole
-from hourglass.codec.errors import CodeError, InvalidArgument, LossWarning
+from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LossWarning
 from hourglass.codec.image import ImageSource, Metadata, Picture, Pixels
 from hourglass.codec.limits import Limits
 from hourglass.codec.quantise import Analysed, Effort, Symbols, quantise, widen
@@ -128,6 +128,7 @@ class Codec:
         self._zoo = zoo
         self._lock = threading.Lock()
         self._models: dict[tuple[str, int], runtime.Model] = {}
+        self._stop = threading.Event()
         self.model = self._model(model).id
 
     def models(self) -> list[ModelInfo]:
@@ -135,7 +136,7 @@ class Codec:
         found = [self._model(model_id) for model_id in runtime.model_ids(self._zoo)]
         return [ModelInfo(m.id, m.tensors, m.manifest) for m in found]
 
-    def encode(self, image: ImageSource, **settings: Unpack[Settings]) -> bytes:
+    def encode(self, image: ImageSource | Picture, **settings: Unpack[Settings]) -> bytes:
         """A picture -> the bytes of a .hgc file, with alpha and metadata.
 
         Raises `ImageError`, `LimitError`, `InvalidArgument`, `OSError`; a `LossWarning` for each thing that is not
@@ -143,38 +144,7 @@ class Codec:
         """
         picture = self._load(image, settings)
         _warn(picture.losses)
-        return self.encode_picture(picture, _length_of(image), **settings)
-
-    def encode_picture(self, picture: Picture, source: int | None = None, **settings: Unpack[Settings]) -> bytes:
-        """`encode` of a picture that is loaded already. source: bytes of the file it came from, for a target in per
-        cent.
-
-        Raises `LimitError`, `InvalidArgument`.
-        """
-        check_settings(settings)
-        self.limits.check_size(picture.width, picture.height)
-        thorough = settings.get("effort") == "best"
-        outlook = lossless.Outlook(picture.pixels) if settings.get("fallback", True) else None
-        grid = Grid(picture.width, picture.height, self._model(self.model).tile.stride)
-        if outlook and outlook.is_nearly_empty:
-            stored = _stored(picture, thorough)
-            if len(stored) <= _LEAST_TILE * len(grid):
-                return stored
-        limit = self._limit(picture, source, settings)
-        try:
-            data = self._coded(picture, source, settings)
-        except InvalidArgument:
-            # Too small for the learned codec, or too good; without loss it may be neither.
-            stored = _stored(picture, thorough) if outlook else b""
-            if stored and (len(stored) <= limit if limit else "target_psnr" in settings):
-                return stored
-            raise
-        most = max(len(data), limit or 0)  # what has no loss is the best that fits
-        if outlook and outlook.may_beat(most):
-            stored = _stored(picture, thorough)
-            if len(stored) <= most:
-                return stored
-        return data
+        return self._encode(picture, _length_of(image), settings)
 
     def decode(self, data: FileSource, **view: Unpack[View]) -> Pixels:
         """A .hgc file -> uint8 (H, W, 3), or (H, W) grey, with alpha (H, W, 4) or (H, W, 2).
@@ -245,7 +215,7 @@ class Codec:
             reader.close()
             raise
 
-    def analyse(self, image: ImageSource, **settings: Unpack[Settings]) -> Code:
+    def analyse(self, image: ImageSource | Picture, **settings: Unpack[Settings]) -> Code:
         """Analysis transform, gain, prior, rounding: a picture -> the Code of its colours.
 
         Raises `ImageError`, `LimitError`, `InvalidArgument`, `OSError`.
@@ -269,13 +239,13 @@ class Codec:
         return _code(model, quality, grid, picture.grey, symbols)
 
     def encode_many(
-        self, image: ImageSource, qualities: Iterable[float], effort: Effort = "default"
+        self, image: ImageSource | Picture, qualities: Iterable[float], effort: Effort = "default"
     ) -> Iterator[bytes]:
         """The files of one picture at many qualities, from one pass of the analysis transform, without fallback.
 
         Raises as `encode`.
         """
-        picture = image if isinstance(image, Picture) else self._load(image, {})
+        picture = self._load(image, {})
         _warn(picture.losses)
         requantised = self._requantiser(picture)
         for quality in qualities:
@@ -321,15 +291,27 @@ class Codec:
             symbols = self._each(model, decoding.grid, decoding.grid.tiles(), decoding.symbols)
         return _code(model, header.quality, decoding.grid, decoding.grey, symbols)
 
-    def measure(self, image: ImageSource, code: Code) -> Distortion:
-        """PSNR and MS-SSIM between a picture and what `code` decodes to."""
-        original, decoded = _rgb(_load(image, self.limits, {}).colour), _rgb(self.synthesise(code))
-        return Distortion(metrics.psnr(original, decoded), metrics.ms_ssim(original, decoded))
+    def measure(self, image: ImageSource | Picture, coded: Code | FileSource) -> Distortion:
+        """PSNR and MS-SSIM between a picture and what a Code or a file decodes to, as seen on white. Raises as
+        `decode`.
+
+        `image` is taken with its metadata, unless it is a Picture already.
+        """
+        original = self._load(image, {})
+        decoded = Picture(self.synthesise(coded)) if isinstance(coded, Code) else self.decode_picture(coded)
+        pair = _seen(original), _seen(decoded)
+        return Distortion(metrics.psnr(*pair), metrics.ms_ssim(*pair))
 
     def with_model(self, model: str) -> Codec:
         """A codec that encodes with another model and shares all that is loaded. Raises `UnknownModelError`."""
         other = copy.copy(self)
         other.model = self._model(model).id
+        return other
+
+    def stopped_by(self, event: threading.Event) -> Codec:
+        """A codec that shares all that is loaded and raises `Cancelled` before its next tile once `event` is set."""
+        other = copy.copy(self)
+        other._stop = event
         return other
 
     def warm_up(self) -> None:
@@ -345,9 +327,13 @@ class Codec:
                 self._models[key] = runtime.Model(model_id, self._zoo, key[1])
             return self._models[key]
 
-    def _load(self, source: ImageSource, settings: Settings) -> Picture:
+    def _load(self, source: ImageSource | Picture, settings: Settings) -> Picture:
         check_settings(settings)
-        return _load(source, self.limits, settings)
+        if isinstance(source, Picture):
+            self.limits.check_size(source.width, source.height)
+            return source
+        keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
+        return image.load(source, self.limits, keep=keep, srgb=srgb, frame=frame)
 
     def _bands(self, grid: Grid) -> list[range]:
         return grid.bands(2 * self._threads)
@@ -360,10 +346,16 @@ class Codec:
         What runs in a thread gets the model that works in one thread.
         """
         single = model if len(grid) == 1 else self._model(model.id, 1)
+
+        def one(tile: Tile) -> _Result:
+            if self._stop.is_set():
+                raise Cancelled(f"stopped before tile {tile.number} of {len(grid)}: nobody waits for the result")
+            return work(tile, single)
+
         if len(tiles) == 1 or self._threads == 1:
-            return [work(tile, single) for tile in tiles]
+            return [one(tile) for tile in tiles]
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(lambda tile: work(tile, single), tiles))
+            return list(pool.map(one, tiles))
 
     def _front(self, quality: float, picture: Picture | Strips) -> Front:
         colour = container.GREY if picture.grey else container.RGB
@@ -401,6 +393,31 @@ class Codec:
             return pack_tile(own, quality, quantise(analysed, quality, effort))
 
         return self._analysed_bands(model, grid, bands, encode)
+
+    def _encode(self, picture: Picture, source: int | None, settings: Settings) -> bytes:
+        """source: bytes of the file that the picture came from, for a target in per cent of it."""
+        thorough = settings.get("effort") == "best"
+        outlook = lossless.Outlook(picture.pixels) if settings.get("fallback", True) else None
+        grid = Grid(picture.width, picture.height, self._model(self.model).tile.stride)
+        if outlook and outlook.is_nearly_empty:
+            stored = _stored(picture, thorough)
+            if len(stored) <= _LEAST_TILE * len(grid):
+                return stored
+        limit = self._limit(picture, source, settings)
+        try:
+            data = self._coded(picture, source, settings)
+        except InvalidArgument:
+            # Too small for the learned codec, or too good; without loss it may be neither.
+            stored = _stored(picture, thorough) if outlook else b""
+            if stored and (len(stored) <= limit if limit else "target_psnr" in settings):
+                return stored
+            raise
+        most = max(len(data), limit or 0)  # what has no loss is the best that fits
+        if outlook and outlook.may_beat(most):
+            stored = _stored(picture, thorough)
+            if len(stored) <= most:
+                return stored
+        return data
 
     def _coded(self, picture: Picture, source: int | None, settings: Settings) -> bytes:
         """The file of a picture by the learned codec."""
@@ -536,12 +553,7 @@ def _closing(reader: Reader, rows: Iterator[_Result]) -> Iterator[_Result]:
         yield from rows
 
 
-def _load(source: ImageSource, limits: Limits, settings: Settings) -> Picture:
-    keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
-    return image.load(source, limits, keep=keep, srgb=srgb, frame=frame)
-
-
-def _length_of(source: ImageSource) -> int | None:
+def _length_of(source: ImageSource | Picture) -> int | None:
     """Bytes of the file that a picture comes from, where it comes from one."""
     if isinstance(source, (str, os.PathLike)):
         return Path(source).stat().st_size
@@ -558,6 +570,12 @@ def _colour(picture: Picture, grid: Grid) -> NDArray[np.uint8]:
     if picture.alpha is None:
         return picture.colour
     return conceal(picture.colour, picture.alpha, grid.side)
+
+
+def _seen(picture: Picture) -> NDArray[np.uint8]:
+    """(H, W, 3): on white, where there is alpha."""
+    colour = picture.colour if picture.alpha is None else image.on_white(picture.colour, picture.alpha)
+    return _rgb(colour)
 
 
 def _rgb(colour: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hourglass.codec import Codec, container, image
+from hourglass.codec import Codec, container
 from hourglass.codec.container import Front
 
 COMMAND = str(Path(sys.executable).with_name("compress-image"))

@@ -111,7 +111,8 @@ class ReducedGraph(nn.Module):
         d = d[:, :, keep[0] : keep[1], keep[2] : keep[3]].clamp(0, 255).to(torch.uint8)
         _, _, h, w = d.shape
         side = self.side
-        return d.reshape(1, 3, side, side, h, w).permute(0, 4, 2, 5, 3, 1).reshape(1, side * h, side * w, 3)
+        image: Tensor = d.reshape(1, 3, side, side, h, w).permute(0, 4, 2, 5, 3, 1).reshape(1, side * h, side * w, 3)
+        return image
 
     @torch.no_grad()
     def fit(self, net: Hourglass, latents: Iterable[Tensor]) -> None:

@@ -186,9 +186,10 @@ def test_client_model(address: str, parrots: Path, codec: Codec) -> None:
 
 
 def test_losses_travel(client: Client, tmp_path: Path) -> None:
-    Image.new("RGBA", (20, 20), (255, 0, 0, 100)).save(tmp_path / "clear.png")
-    with pytest.warns(errors.LossWarning, match="transparent"):
-        client.encode(tmp_path / "clear.png")
+    pages = [Image.new("RGB", (20, 20), (60 * number, 0, 0)) for number in range(3)]
+    pages[0].save(tmp_path / "film.gif", save_all=True, append_images=pages[1:])
+    with pytest.warns(errors.LossWarning, match="3 frames"):
+        client.encode(tmp_path / "film.gif")
 
 
 def test_large_pictures_pass(client: Client, codec: Codec) -> None:

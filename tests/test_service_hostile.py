@@ -58,7 +58,7 @@ def codes(parrots: Path, codec: Codec) -> list[bytes]:
     for size in ((96, 64), (5000, 5000), (65_535, 700), (2**32 - 1, 2**32 - 1)):
         for body in (b"", bytes(40), chance.bytes(2000)):
             front = container.Front(codec.model, container.RGB, *size, 50)
-            files.append(container.write(front, [(container.CODE, body)]))  # noqa: PERF401
+            files.append(container.write(front, [(container.CODE, body)]))
     return files
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import cached_property
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar, Unpack
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -21,6 +22,7 @@ from hourglass.client.plans import (
     Encoded,
     Plan,
     Planner,
+    Route,
     ServerInfo,
     Tls,
     Told,
@@ -36,6 +38,41 @@ _Progress: TypeAlias = Callable[[int], None]
 _FAILURES = (errors.HourglassError, OSError)
 
 
+class _Channels:
+    """Channels, each made when all others are in use, `most` at most. grpc_: grpc or grpc.aio, which name alike."""
+
+    def __init__(self, grpc_: Any, way: Route, most: int) -> None:
+        self._grpc, self._way, self._most = grpc_, way, most
+        self._lock = threading.Lock()
+        self._calls: dict[Any, int] = {}
+
+    @contextmanager
+    def lease(self) -> Iterator[Any]:
+        """The channel that has the fewest calls."""
+        with self._lock:
+            channel = min(self._calls, key=self._calls.__getitem__, default=None)
+            if channel is None or (self._calls[channel] and len(self._calls) < self._most):
+                channel = self._open()
+                self._calls[channel] = 0
+            self._calls[channel] += 1
+        try:
+            yield channel
+        finally:
+            with self._lock:
+                self._calls[channel] -= 1
+
+    def taken(self) -> list[Any]:
+        """All channels, to be closed."""
+        with self._lock:
+            return list(self._calls)
+
+    def _open(self) -> Any:
+        way = self._way
+        if way.credentials is None:
+            return self._grpc.insecure_channel(way.target, way.options)
+        return self._grpc.secure_channel(way.target, way.credentials, way.options)
+
+
 class _Base:
     """A connection for many calls, to close when done.
 
@@ -45,11 +82,15 @@ class _Base:
     timeout: seconds that a call may take, with all its tries.
     tls: how to know the server; no encryption when None. token: sent as a bearer token.
     stream_above: bytes from which on a picture or file travels in chunks.
+    connections: how many there are at most, opened only when calls overlap: a server's processes share its connections
+    out, so that calls at the same time need several to get at all its cores.
 
     Every call raises what the same call of `Codec` raises, as the same classes, and `RemoteError` when the server
     cannot be reached, does not answer in time, or fails. Calls that a server refuses because it is busy or going away
     are tried again.
     """
+
+    _grpc: ClassVar[Any]
 
     def __init__(
         self,
@@ -60,22 +101,14 @@ class _Base:
         tls: Tls | None = None,
         token: str | None = None,
         stream_above: int = STREAM_ABOVE,
+        connections: int = 4,
     ) -> None:
+        _check_count("connections", connections)
         self._route = route(address, tls)
         self.address = self._route.name
         self._timeout, self._token = timeout, token
         self._plans = Planner(model or "", stream_above)
-        self._begin()
-
-    def _begin(self) -> None:
-        """The end of the constructor."""
-
-    def _open(self, grpc_: Any) -> Any:
-        """The channel. grpc_: grpc or grpc.aio, which name things alike."""
-        way = self._route
-        if way.credentials is None:
-            return grpc_.insecure_channel(way.target, way.options)
-        return grpc_.secure_channel(way.target, way.credentials, way.options)
+        self._channels = _Channels(self._grpc, self._route, connections)
 
     def _call(self, channel: Any, plan: Plan[Any], attempts: Attempts) -> Any:
         """Begin a try: what the channel's method returns."""
@@ -94,6 +127,8 @@ class _Base:
 
 class Client(_Base):
     """`Codec`'s calls on a server, from any number of threads."""
+
+    _grpc: ClassVar[Any] = grpc
 
     def encode(self, image: ImageSource, **settings: Unpack[Settings]) -> bytes:
         """A picture -> the bytes of a .hgc file; the same bytes as `Codec.encode`."""
@@ -138,7 +173,7 @@ class Client(_Base):
         ordered: results in the order of the pictures; else as they are done. Pictures are taken only as results are, so
         that at most twice `concurrency` are in memory. progress: called with the number done, after each.
         """
-        _check_concurrency(concurrency)
+        _check_count("concurrency", concurrency)
         pending: list[Future[Encoded]] = []
         done = 0
 
@@ -164,8 +199,9 @@ class Client(_Base):
             pool.shutdown(cancel_futures=True)
 
     def close(self) -> None:
-        """Close the connection; calls in flight fail."""
-        self._channel.close()
+        """Close the connections; calls in flight fail."""
+        for channel in self._channels.taken():
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -174,9 +210,6 @@ class Client(_Base):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _begin(self) -> None:
-        self._channel: grpc.Channel = self._open(grpc)
 
     def _encode_one(self, index: int, picture: ImageSource, settings: Settings) -> Encoded:
         try:
@@ -189,14 +222,17 @@ class Client(_Base):
         attempts = self._attempts(plan)
         while True:
             try:
-                answer = self._call(self._channel, plan, attempts)
-                return plan.finish(answer if plan.streaming else iter([answer]))
+                with self._channels.lease() as channel:
+                    answer = self._call(channel, plan, attempts)
+                    return plan.finish(answer if plan.streaming else iter([answer]))
             except grpc.RpcError as error:
                 time.sleep(attempts.pause(error))
 
 
 class AsyncClient(_Base):
     """`Codec`'s calls on a server, as coroutines of one event loop. They are those of `Client`, with the same words."""
+
+    _grpc: ClassVar[Any] = grpc.aio
 
     async def encode(self, image: ImageSource, **settings: Unpack[Settings]) -> bytes:
         """See `Client.encode`."""
@@ -237,7 +273,7 @@ class AsyncClient(_Base):
         **settings: Unpack[Settings],
     ) -> AsyncIterator[Encoded]:
         """See `Client.encode_many`; `pictures` may be asynchronous too."""
-        _check_concurrency(concurrency)
+        _check_count("concurrency", concurrency)
         pending: list[asyncio.Task[Encoded]] = []
         places = asyncio.Semaphore(concurrency)
         done = 0
@@ -271,10 +307,12 @@ class AsyncClient(_Base):
         finally:
             for task in pending:
                 task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
 
     async def close(self) -> None:
-        """Close the connection; calls in flight fail."""
-        await self._channel.close()
+        """Close the connections; calls in flight fail."""
+        for channel in self._channels.taken():
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -283,12 +321,6 @@ class AsyncClient(_Base):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
-
-    @cached_property
-    def _channel(self) -> grpc.aio.Channel:
-        """Made by the first call, in its event loop."""
-        channel: grpc.aio.Channel = self._open(grpc.aio)
-        return channel
 
     async def _encode_one(self, index: int, picture: ImageSource, settings: Settings) -> Encoded:
         try:
@@ -301,8 +333,9 @@ class AsyncClient(_Base):
         attempts = self._attempts(plan)
         while True:
             try:
-                call = self._call(self._channel, plan, attempts)
-                answers = [answer async for answer in call] if plan.streaming else [await call]
+                with self._channels.lease() as channel:
+                    call = self._call(channel, plan, attempts)
+                    answers = [answer async for answer in call] if plan.streaming else [await call]
                 return plan.finish(iter(answers))
             except grpc.RpcError as error:
                 await asyncio.sleep(attempts.pause(error))
@@ -317,7 +350,6 @@ async def _each(things: Iterable[_Result] | AsyncIterable[_Result]) -> AsyncIter
             yield thing
 
 
-def _check_concurrency(concurrency: int) -> None:
-    """Raise `InvalidArgument` unless it is 1 or more."""
-    if concurrency < 1:
-        raise errors.InvalidArgument(f"concurrency is {concurrency}; expected 1 or more")
+def _check_count(name: str, count: int) -> None:
+    if count < 1:
+        raise errors.InvalidArgument(f"{name} is {count}; expected 1 or more")

@@ -39,6 +39,7 @@ _CALM_SECONDS = 60.0
 class _Worker:
     process: SpawnProcess
     pipe: Connection
+    reloads: int
     ready: bool = False
 
 
@@ -62,6 +63,7 @@ class _Supervisor:
         self._deaths: list[float] = []
         self._next_start = 0.0
         self._announced = False
+        self._reloads = 0
 
     def run(self) -> None:
         try:
@@ -81,7 +83,7 @@ class _Supervisor:
         process = context.Process(target=worker.run, args=(self._config, str(self._zoo.folder), theirs), name="worker")
         process.start()
         theirs.close()
-        self._workers.append(_Worker(process, mine))
+        self._workers.append(_Worker(process, mine, self._reloads))
 
     def _turn(self) -> bool:
         """Wait for something to happen and answer to it. Returns whether to go on."""
@@ -94,6 +96,7 @@ class _Supervisor:
             if number != signal.SIGHUP:
                 return False
             self._zoo.refresh()
+            self._reloads += 1
             for one in self._workers:
                 self._send(one, signal.SIGHUP)
         for one in list(self._workers):
@@ -117,6 +120,8 @@ class _Supervisor:
                 raise news
             _log.error("a new worker cannot serve: %s", news)
         one.ready = True
+        if one.reloads < self._reloads:  # it may have read its files before, and was deaf to the signal
+            self._send(one, signal.SIGHUP)
         if not self._announced and all(worker.ready for worker in self._workers):
             self._announced = True
             config = self._config
@@ -158,7 +163,7 @@ class _Supervisor:
         _log.info("stopped")
 
     def _send(self, one: _Worker, number: signal.Signals) -> None:
-        # A worker that is not ready has no handlers yet, and reads everything anew when it starts.
+        # A worker that is not ready has no handlers yet.
         if one.process.pid is not None and one.process.is_alive() and (one.ready or number == signal.SIGTERM):
             os.kill(one.process.pid, number)
 

@@ -88,7 +88,8 @@ class Telemetry:
                 "workers": "Workers that serve.",
             }.items()
         }
-        self._tracer = _tracer(trace_endpoint) if trace_endpoint else None
+        self._provider = _provider(trace_endpoint) if trace_endpoint else None
+        self._tracer = self._provider.get_tracer("hourglass.server") if self._provider else None
 
     def gauges(self, **values: float) -> None:
         """Set gauges by name, and the resident memory."""
@@ -116,6 +117,11 @@ class Telemetry:
         self._log(record, ended, parts)
         if self._tracer is not None:
             self._trace(record, ended)
+
+    def close(self) -> None:
+        """Send the traces that are left; takes a moment."""
+        if self._provider is not None:
+            self._provider.shutdown()
 
     def _log(self, record: Record, ended: int, parts: dict[str, float]) -> None:
         facts = {
@@ -157,7 +163,7 @@ class Telemetry:
         span.end(ended)
 
 
-def _tracer(endpoint: str) -> Any:
+def _provider(endpoint: str) -> Any:
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -170,7 +176,7 @@ def _tracer(endpoint: str) -> Any:
     provider = TracerProvider(resource=Resource.create({"service.name": "hourglass-server"}))
     exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https"))
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    return provider.get_tracer("hourglass.server")
+    return provider
 
 
 class _Json(logging.Formatter):
@@ -198,3 +204,4 @@ def set_up_logs(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)  # Pillow's, of what it finds in files

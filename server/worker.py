@@ -104,6 +104,7 @@ class Server:
             self._gauges.cancel()
         self._works.shutdown(cancel_futures=True)
         self._light.shutdown()
+        await asyncio.to_thread(self.telemetry.close)
 
     def reload(self) -> None:
         """Read certificates and tokens again; what cannot be read stays as it is."""

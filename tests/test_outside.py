@@ -6,7 +6,9 @@ They need `npm install --prefix tests/outside`, which .ci/run does where there i
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -71,3 +73,48 @@ def test_node_encodes_and_the_command_decodes(address: str, parrots: Path, tmp_p
     subprocess.run([compress_image, "-d", file, "-o", out], check=True, capture_output=True)
     assert np.array_equal(image.read(out), codec.decode(codec.encode(parrots, quality=40)))
     assert answer["psnr"] == pytest.approx(metrics.psnr(image.read(parrots), image.read(out)))
+
+
+def test_buf_asks_for_health(address: str) -> None:
+    url = f"http://{address}/grpc.health.v1.Health/Check"
+    command = [BUF, "curl", "--http2-prior-knowledge", "--protocol", "grpc", "-d", "{}", url]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout) == {"status": "SERVING"}, done.stderr
+
+
+def test_buf_finds_nothing_broken() -> None:
+    """The proto against that of the last commit."""
+    root = HERE.parent
+    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, check=False).returncode:
+        pytest.skip("this is no git checkout")
+    against = f"{root / '.git'}#ref=HEAD,subdir=proto"
+    if not (root / ".git").is_dir():  # a worktree
+        folder = subprocess.run(
+            ["git", "rev-parse", "--git-common-dir"], cwd=root, capture_output=True, text=True, check=True
+        )
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        against = f"{folder.stdout.strip()}#ref={head.stdout.strip()},subdir=proto"
+    done = subprocess.run(
+        [BUF, "breaking", "--against", against], cwd=PROTO, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_node_streams_and_batches(address: str, parrots: Path, tmp_path: Path, codec: Codec) -> None:
+    """A streamed picture of 24 MB (HOURGLASS_TEST_MB for more), and a batch of 50 with 5 broken ones."""
+    small = tmp_path / "small.png"
+    small.write_bytes(image.write(image.read(parrots)[:96, :96], "PNG"))
+    megabytes = os.environ.get("HOURGLASS_TEST_MB", "24")
+    command = ["node", HERE / "outside" / "service.mjs", address, PROTO, small, megabytes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["digest"] == hashlib.sha256(codec.encode(small, quality=20)).hexdigest()
+    assert answer["stream"]["bytes"] == answer["stream"]["said"] > 1000
+    assert answer["stream"]["magic"] == "HGC"
+    assert answer["batch"] == {
+        "answers": 50,
+        "digests": [answer["digest"]],
+        "broken": sorted(f"p{number}" for number in range(3, 50, 10)),
+        "codes": [3],
+    }

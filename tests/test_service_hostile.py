@@ -56,9 +56,9 @@ def codes(parrots: Path, codec: Codec) -> list[bytes]:
         damaged[chance.integers(len(whole))] ^= 1 << chance.integers(8)
         files.append(bytes(damaged))
     for size in ((96, 64), (5000, 5000), (65_535, 700), (2**32 - 1, 2**32 - 1)):
-        for body in (b"", bytes(40), chance.bytes(2000)):
-            front = container.Front(codec.model, container.RGB, *size, 50)
-            files.append(container.write(front, [(container.CODE, body)]))
+        front = container.Front(codec.model, container.RGB, *size, 50)
+        bodies = (b"", bytes(40), chance.bytes(2000))
+        files += [container.write(front, [(container.CODE, body)]) for body in bodies]
     return files
 
 
@@ -83,9 +83,8 @@ def test_nothing_breaks_the_server(address: str, pictures: list[bytes], codes: l
     with ThreadPoolExecutor(8) as pool:
         outcomes = [outcome for many in pool.map(send, range(8)) for outcome in many]
     assert {code for code, _, _ in outcomes} <= {"OK", "INVALID_ARGUMENT", "NOT_FOUND"}
-    assert all(
-        text and "Traceback" not in text and "/" not in text.replace("16/", "") for c, text, _ in outcomes if c != "OK"
-    )
+    refusals = [text for code, text, _ in outcomes if code != "OK"]
+    assert all(text and "Traceback" not in text and "/" not in text for text in refusals)
     slowest = sorted(seconds for _, _, seconds in outcomes)[-len(outcomes) // 100 - 1]
     assert slowest < 5  # two on a machine of its own
     with grpc.insecure_channel(address) as channel:

@@ -109,6 +109,7 @@ async def _clients(address: str, files: list[bytes], count: int, limits: tuple[f
         chance = random.Random(number)
         call = Raw(address) if kind == "raw" else Patient(address)
         async with call:
+            await asyncio.sleep(number / count)  # not all at once
             while time.monotonic() < end and next(left, None) is not None:
                 file = chance.choice(files)
                 start = time.monotonic()
@@ -121,7 +122,7 @@ async def _clients(address: str, files: list[bytes], count: int, limits: tuple[f
                 elif status == "RESOURCE_EXHAUSTED":
                     load.refused_ms.append(took)
                     load.without_retry_info += not hinted
-                    await asyncio.sleep(0.2)
+                    await asyncio.sleep(chance.uniform(0.1, 0.3))
 
     await asyncio.gather(*(one(number) for number in range(count)))
     load.seconds = time.monotonic() - began
@@ -148,6 +149,7 @@ class Raw:
         return "OK", False
 
     async def __aenter__(self) -> Raw:
+        await self._channel.channel_ready()  # to connect is no part of a call
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -245,7 +245,9 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
         warnings.warn(loss, LossWarning, stacklevel=2)
     out = io.BytesIO()
     try:
-        Image.fromarray(pixels).save(out, format, **_OPTIONS.get(format, {}), **_save_options(metadata, format))
+        with quiet():
+            options = _OPTIONS.get(format, {}) | _save_options(metadata, format)
+            Image.fromarray(pixels).save(out, format, **options)
     except (OSError, ValueError, MemoryError) as exc:
         size = f"{picture.width}x{picture.height}"
         raise InvalidArgument(f"a picture of {size} pixels cannot be written as {format}: {exc}") from exc
@@ -270,8 +272,10 @@ def _fitting(metadata: Metadata, format: str) -> tuple[Metadata, list[str]]:
             kept[kind] = content
     if "exif" in kept and format in ("TIFF", "AVIF"):  # there Pillow writes it anew
         try:
-            Image.Exif().load(kept["exif"])
-        except Exception as exc:
+            with quiet():
+                options = _save_options(Metadata(exif=kept["exif"]), format)
+                Image.new("L", (1, 1)).save(io.BytesIO(), format, **options)
+        except Exception as exc:  # whatever broken EXIF makes it stumble over
             del kept["exif"]
             losses.append(f"EXIF cannot be written as {format} ({exc}); it is dropped")
     return Metadata(**kept), losses
@@ -339,20 +343,31 @@ _QUIET = ("ignore", None, Warning, re.compile(r"PIL\b"), 0)
 
 
 @contextmanager
-def pillow_errors(name: str) -> Iterator[None]:
-    """Pillow's plug-ins raise whatever a broken file makes them stumble over; here it becomes ours.
-
-    Pillow's warnings about the file are silenced meanwhile, with a filter that is counted: leaving
-    `warnings.catch_warnings` in one thread would end the silence of the others.
-    """
+def quiet() -> Iterator[None]:
+    """Pillow's warnings about a file are silenced, with a filter that is counted: leaving `warnings.catch_warnings` in
+    one thread would end the silence of the others."""
     global _quiet_users
-    from PIL import Image
-
     with _quiet_lock:
         _quiet_users += 1
         cast("list[Any]", warnings.filters).insert(0, _QUIET)
     try:
         yield
+    finally:
+        with _quiet_lock:
+            _quiet_users -= 1
+            if _quiet_users == 0:
+                filters = cast("list[Any]", warnings.filters)
+                filters[:] = [entry for entry in filters if entry is not _QUIET]
+
+
+@contextmanager
+def pillow_errors(name: str) -> Iterator[None]:
+    """Pillow's plug-ins raise whatever a broken file makes them stumble over; here it becomes ours."""
+    from PIL import Image
+
+    try:
+        with quiet():
+            yield
     except HourglassError:
         raise
     except Image.DecompressionBombError as exc:
@@ -360,12 +375,6 @@ def pillow_errors(name: str) -> Iterator[None]:
     except Exception as exc:
         reason = str(exc) or type(exc).__name__
         raise ImageError(f"{name} cannot be decoded as a picture: {reason}") from exc
-    finally:
-        with _quiet_lock:
-            _quiet_users -= 1
-            if _quiet_users == 0:
-                filters = cast("list[Any]", warnings.filters)
-                filters[:] = [entry for entry in filters if entry is not _QUIET]
 
 
 class Reader:

@@ -424,7 +424,7 @@ def _change_stored(file: _File, rng: random.Random, mutate: _Mutate) -> None:
     width, height = min(file.width, 2 * TILE), min(file.height, 2 * TILE)
     if rng.random() < 0.2:
         width, height = width + rng.randint(-1, 1), height + rng.randint(-1, 1)
-    if not 0 < width * height <= LIMITS.pixels or rng.random() < 0.2:
+    if min(width, height) < 1 or width * height > LIMITS.pixels or rng.random() < 0.2:
         part = rng.randbytes(rng.randrange(6))
     else:
         format = rng.choice(("PNG", "WEBP", "WEBP", "GIF", "TIFF"))

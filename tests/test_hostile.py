@@ -371,7 +371,7 @@ def test_more_sections_than_allowed(claimed: int, codec: Codec) -> None:
         codec.decode(bytes(data))
 
 
-def test_sections_that_are_not_there(codec: Codec) -> None:
+def test_sections_that_are_not_there(tmp_path: Path, codec: Codec) -> None:
     data = bytearray(_coded(codec, 8, 8))
     struct.pack_into("<I", data, 16, 1 << 20)
     with _cheap(), pytest.raises(errors.CorruptError, match="inside its header"):
@@ -379,8 +379,15 @@ def test_sections_that_are_not_there(codec: Codec) -> None:
     header = Front(codec.model, container.RGB, 8, 8, 50).pack([Section(CODE, 2**32 - 1, 0)])
     with _cheap(), pytest.raises(errors.CorruptError, match="cut short"):
         codec.decode(header + bytes(9))
-    with _cheap():
-        assert codec.decode_picture(header + bytes(9), salvage=True).losses
+    # From bytes, a file, and a pipe; with salvage the section is asked for.
+    (tmp_path / "short.hgc").write_bytes(header + bytes(9))
+    ends = os.pipe()
+    os.write(ends[1], header + bytes(9))
+    os.close(ends[1])
+    for source in (header + bytes(9), tmp_path / "short.hgc", f"/dev/fd/{ends[0]}"):
+        with _cheap():
+            assert "cut short" in codec.decode_picture(source, salvage=True).losses[0]
+    os.close(ends[0])
 
 
 @pytest.mark.parametrize("tiles", [2, 3, 50_000])

@@ -12,15 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hourglass.client.remote import Client
+    from hourglass.client.remote import AsyncClient, Client, Encoded, ServerInfo, Tls
 
-__all__ = ["Client"]
+__all__ = ["AsyncClient", "Client", "Encoded", "ServerInfo", "Tls"]
 
 
 def __getattr__(name: str) -> object:
-    """`Client`, loaded when it is first asked for: `compress-image` lives here too, and starts faster without grpc."""
-    if name == "Client":
-        from hourglass.client.remote import Client
+    """The names above, loaded when first asked for: `compress-image` lives here too, and starts faster without grpc."""
+    if name in __all__:
+        from hourglass.client import remote
 
-        return Client
+        return getattr(remote, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

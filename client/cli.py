@@ -49,8 +49,8 @@ stdin and stdout; pictures on stdout are PNG.
 
 Orientation is applied; colour profile, EXIF, XMP, IPTC and alpha are kept. What cannot be kept is said in a warning.
 
-Exit status: 0 all done; 1 an input is bad (with --salvage: something of it is lost), an output cannot be written, or the
-server gave no answer (other inputs are done all the same); 2 wrong usage.
+Exit status: 0 all done; 1 an input is bad (with --salvage: something of it is lost), an output cannot be written, or
+the server gave no answer (other inputs are done all the same); 2 wrong usage.
 """
 
 
@@ -75,7 +75,8 @@ class Options:
 class Report:
     """One input's outcome; the fields of --json. bpp and ratio (to raw pixels) are those of the .hgc file.
 
-    width, height: of the whole picture. lossless: whether it is stored without loss. damage: what could not be salvaged.
+    width, height: of the whole picture. lossless: whether it is stored without loss. damage: what could not be
+    salvaged.
     """
 
     input: str
@@ -293,7 +294,9 @@ def _encode(coder: Coder, options: Options, name: str, target: str) -> Report:
 
 
 def _rows(coder: Coder, options: Options, name: str, target: str) -> strips.Strips | None:
-    """The input, to be read a few rows at a time, if it is too large to be held in memory lightly and can be so read."""
+    """The input, to be read a few rows at a time, if it is too large to be held in memory lightly and can be so
+    read.
+    """
     aimed = any(goal in options.settings for goal in ("target_size", "target_bpp", "target_psnr", "srgb", "frame"))
     if not isinstance(coder, codec.Codec) or STREAM in (name, target) or aimed or options.metrics:
         return None
@@ -311,7 +314,10 @@ def _distortion(content: bytes, decoded: codec.Picture, settings: codec.Settings
     """PSNR and MS-SSIM of what is seen: where there is alpha, of both pictures on white."""
     keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
     original = image.load(content, keep=keep, srgb=srgb, frame=frame)
-    pair = [image.read(picture.pixels) for picture in (original, decoded)]
+    pair = []
+    for picture in (original, decoded):
+        colour = picture.colour if picture.alpha is None else image.on_white(picture.colour, picture.alpha)
+        pair.append(colour if colour.ndim == 3 else colour[..., None].repeat(3, axis=2))
     return metrics.psnr(*pair), metrics.ms_ssim(*pair)
 
 

@@ -1,99 +1,173 @@
-"""Client: `Codec`'s calls, answered by a server."""
+"""Client and AsyncClient: `Codec`'s calls, answered by a server. What they say and understand is in `plans`."""
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
-from collections.abc import Callable
-from pathlib import Path
+import asyncio
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import cached_property
 from types import TracebackType
-from typing import Any, TypeVar, Unpack
+from typing import Any, Self, TypeAlias, TypeVar, Unpack
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+import grpc.aio
 
-from hourglass.codec import Code, FileSource, ImageSource, ModelInfo, Pixels, Settings, errors, image
-from hourglass.v1 import codec_pb2 as pb
-from hourglass.v1 import codec_pb2_grpc, convert
-
-_Request = TypeVar("_Request")
-_Answer = TypeVar("_Answer")
-
-_SERVICE_CONFIG = json.dumps(
-    {
-        "methodConfig": [
-            {
-                "name": [{"service": "hourglass.v1.CodecService"}],
-                "retryPolicy": {
-                    "maxAttempts": 4,
-                    "initialBackoff": "0.1s",
-                    "maxBackoff": "2s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
-                },
-            }
-        ]
-    }
+from hourglass.client.plans import (
+    SERVICE,
+    STREAM_ABOVE,
+    Address,
+    Attempts,
+    Encoded,
+    Plan,
+    Planner,
+    ServerInfo,
+    Tls,
+    Told,
+    route,
 )
+from hourglass.codec import Code, FileSource, ImageSource, ModelInfo, Picture, Pixels, Settings, View, errors
+from hourglass.v1 import codec_pb2 as pb
 
-_OPTIONS = [
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.service_config", _SERVICE_CONFIG),
-    ("grpc.per_rpc_retry_buffer_size", 64 << 20),  # by default a call above 256 KiB is silently never retried
-]
+__all__ = ["AsyncClient", "Client", "Encoded", "ServerInfo", "Tls"]
+
+_Result = TypeVar("_Result")
+_Progress: TypeAlias = Callable[[int], None]
+_FAILURES = (errors.HourglassError, OSError)
 
 
-class Client:
-    """A connection to one server; use it for many calls, from any number of threads, and close it.
+class _Base:
+    """A connection for many calls, to close when done.
 
-    address: "HOST:PORT". model: id of the model that encodes; the server's default when None.
-    timeout: seconds that a call may take.
+    address: "HOST:PORT"; or several, among which calls go round, as among all addresses of a name. Servers whose health
+    is not SERVING are left out.
+    model: id of the model that encodes; the server's default when None.
+    timeout: seconds that a call may take, with all its tries.
+    tls: how to know the server; no encryption when None. token: sent as a bearer token.
+    stream_above: bytes from which on a picture or file travels in chunks.
 
     Every call raises what the same call of `Codec` raises, as the same classes, and `RemoteError` when the server
-    cannot be reached, does not answer in time, or fails.
+    cannot be reached, does not answer in time, or fails. Calls that a server refuses because it is busy or going away
+    are tried again.
     """
 
-    def __init__(self, address: str, *, model: str | None = None, timeout: float = 120.0) -> None:
-        self.address = address
-        self._model = model or ""
-        self._timeout = timeout
-        self._channel = grpc.insecure_channel(address, _OPTIONS)
-        self._stub: Any = codec_pb2_grpc.CodecServiceStub(self._channel)  # type: ignore[no-untyped-call]
+    def __init__(
+        self,
+        address: Address,
+        *,
+        model: str | None = None,
+        timeout: float = 120.0,
+        tls: Tls | None = None,
+        token: str | None = None,
+        stream_above: int = STREAM_ABOVE,
+    ) -> None:
+        self._route = route(address, tls)
+        self.address = self._route.name
+        self._timeout, self._token = timeout, token
+        self._plans = Planner(model or "", stream_above)
+        self._begin()
+
+    def _begin(self) -> None:
+        """The end of the constructor."""
+
+    def _open(self, grpc_: Any) -> Any:
+        """The channel. grpc_: grpc or grpc.aio, which name things alike."""
+        way = self._route
+        if way.credentials is None:
+            return grpc_.insecure_channel(way.target, way.options)
+        return grpc_.secure_channel(way.target, way.credentials, way.options)
+
+    def _call(self, channel: Any, plan: Plan[Any], attempts: Attempts) -> Any:
+        """Begin a try: what the channel's method returns."""
+        method, requests = SERVICE.methods_by_name[plan.method], plan.requests()
+        invoke = (channel.stream_stream if plan.streaming else channel.unary_unary)(
+            f"/{SERVICE.full_name}/{plan.method}",
+            request_serializer=getattr(pb, method.input_type.name).SerializeToString,
+            response_deserializer=getattr(pb, method.output_type.name).FromString,
+        )
+        given = requests if plan.streaming else next(requests)
+        return invoke(given, timeout=attempts.left, metadata=attempts.metadata)
+
+    def _attempts(self, plan: Plan[Any]) -> Attempts:
+        return Attempts(self.address, plan.method, self._timeout, self._token, plan.streaming)
+
+
+class Client(_Base):
+    """`Codec`'s calls on a server, from any number of threads."""
 
     def encode(self, image: ImageSource, **settings: Unpack[Settings]) -> bytes:
         """A picture -> the bytes of a .hgc file; the same bytes as `Codec.encode`."""
-        request = self._request(image, settings)
-        request.want_file = True
-        return self._encode(request).file
+        return self._run(self._plans.encode(image, settings)).aloud()
 
-    def decode(self, data: FileSource) -> Pixels:
-        """A .hgc file -> (H, W, 3) uint8; the same pixels as `Codec.decode`."""
-        content = Path(data).read_bytes() if isinstance(data, (str, os.PathLike)) else bytes(data)
-        return self._decode(pb.DecodeRequest(file=content))
+    def decode(self, data: FileSource, **view: Unpack[View]) -> Pixels:
+        """A .hgc file -> uint8 (H, W, 3) or what else it has; the same pixels as `Codec.decode`."""
+        picture = self._run(self._plans.decode(data, view))
+        return Told(picture.pixels, picture.losses).aloud()
+
+    def decode_picture(self, data: FileSource, **view: Unpack[View]) -> Picture:
+        """The same with the picture's metadata, as `Codec.decode_picture`."""
+        return self._run(self._plans.decode(data, view))
 
     def analyse(self, image: ImageSource, **settings: Unpack[Settings]) -> Code:
         """A picture -> its Code; the same integers as `Codec.analyse`."""
-        request = self._request(image, settings)
-        request.want_code = True
-        return convert.code_from_message(self._encode(request).code)
+        return self._run(self._plans.analyse(image, settings)).aloud()
 
     def synthesise(self, code: Code) -> Pixels:
         """A Code -> (H, W, 3) uint8; the same pixels as `Codec.synthesise`."""
-        return self._decode(pb.DecodeRequest(code=convert.code_to_message(code)))
+        return self._run(self._plans.synthesise(code))
 
     def models(self) -> list[ModelInfo]:
         """The models of the server."""
-        answer: pb.ListModelsResponse = self._call(self._stub.ListModels, pb.ListModelsRequest())
-        return [convert.model_from_message(model) for model in answer.models]
+        return list(self.info().models)
+
+    def info(self) -> ServerInfo:
+        """Version, models and limits of the server."""
+        return self._run(self._plans.info())
+
+    def encode_many(
+        self,
+        pictures: Iterable[ImageSource],
+        *,
+        ordered: bool = True,
+        concurrency: int = 4,
+        progress: _Progress | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Encoded]:
+        """Encode pictures, `concurrency` at a time; a bad one is an `Encoded` with its error and the others go on.
+
+        ordered: results in the order of the pictures; else as they are done. Pictures are taken only as results are, so
+        that at most twice `concurrency` are in memory. progress: called with the number done, after each.
+        """
+        _check_concurrency(concurrency)
+        pending: list[Future[Encoded]] = []
+        done = 0
+
+        def take() -> Encoded:
+            nonlocal done
+            ready = pending[0] if ordered else next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
+            pending.remove(ready)
+            result = ready.result()
+            done += 1
+            if progress is not None:
+                progress(done)
+            return result
+
+        pool = ThreadPoolExecutor(concurrency, thread_name_prefix="encode_many")
+        try:
+            for index, picture in enumerate(pictures):
+                pending.append(pool.submit(self._encode_one, index, picture, settings))
+                if len(pending) >= 2 * concurrency:
+                    yield take()
+            while pending:
+                yield take()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         """Close the connection; calls in flight fail."""
         self._channel.close()
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -101,42 +175,149 @@ class Client:
     ) -> None:
         self.close()
 
-    def _request(self, source: ImageSource, settings: Settings) -> pb.EncodeRequest:
-        """Image files travel as they are, pictures in memory as raw pixels."""
-        request = pb.EncodeRequest(model=self._model)
-        if isinstance(source, (str, os.PathLike)):
-            request.image_file = Path(source).read_bytes()
-        elif isinstance(source, (bytes, bytearray, memoryview)):
-            request.image_file = bytes(source)
-        else:
-            request.pixels.CopyFrom(convert.pixels_to_message(image.read(source)))
-        convert.set_settings(request, settings, len(request.image_file) or None)
-        return request
+    def _begin(self) -> None:
+        self._channel: grpc.Channel = self._open(grpc)
 
-    def _encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
-        answer: pb.EncodeResponse = self._call(self._stub.Encode, request)
-        for loss in answer.warnings:
-            warnings.warn(loss, errors.LossWarning, stacklevel=3)
-        return answer
-
-    def _decode(self, request: pb.DecodeRequest) -> Pixels:
-        answer: pb.DecodeResponse = self._call(self._stub.Decode, request)
-        return convert.pixels_from_message(answer.pixels)
-
-    def _call(self, method: Callable[..., _Answer], request: _Request) -> _Answer:
+    def _encode_one(self, index: int, picture: ImageSource, settings: Settings) -> Encoded:
         try:
-            return method(request, timeout=self._timeout)
-        except grpc.RpcError as error:
-            raise self._error(error) from error
+            told = self._run(self._plans.encode(picture, settings))
+        except _FAILURES as error:
+            return Encoded(index, None, error)
+        return Encoded(index, told.value, None, told.losses)
 
-    def _error(self, error: Any) -> errors.HourglassError:
-        """The server's own error where it says which, else `RemoteError`. (A raised RpcError is a grpc.Call too.)"""
-        status = rpc_status.from_call(error)
-        for detail in status.details if status else ():
-            info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info) and info.domain == convert.ERROR_DOMAIN and info.reason in errors.__all__:
-                kind = getattr(errors, info.reason)
-                if issubclass(kind, errors.HourglassError):
-                    own: errors.HourglassError = kind(error.details())
-                    return own
-        return errors.RemoteError(f"server {self.address} gave no answer: {error.code().name}: {error.details()}")
+    def _run(self, plan: Plan[_Result]) -> _Result:
+        attempts = self._attempts(plan)
+        while True:
+            try:
+                answer = self._call(self._channel, plan, attempts)
+                return plan.finish(answer if plan.streaming else iter([answer]))
+            except grpc.RpcError as error:
+                time.sleep(attempts.pause(error))
+
+
+class AsyncClient(_Base):
+    """`Codec`'s calls on a server, as coroutines of one event loop. They are those of `Client`, with the same words."""
+
+    async def encode(self, image: ImageSource, **settings: Unpack[Settings]) -> bytes:
+        """See `Client.encode`."""
+        return (await self._run(self._plans.encode(image, settings))).aloud()
+
+    async def decode(self, data: FileSource, **view: Unpack[View]) -> Pixels:
+        """See `Client.decode`."""
+        picture = await self._run(self._plans.decode(data, view))
+        return Told(picture.pixels, picture.losses).aloud()
+
+    async def decode_picture(self, data: FileSource, **view: Unpack[View]) -> Picture:
+        """See `Client.decode_picture`."""
+        return await self._run(self._plans.decode(data, view))
+
+    async def analyse(self, image: ImageSource, **settings: Unpack[Settings]) -> Code:
+        """See `Client.analyse`."""
+        return (await self._run(self._plans.analyse(image, settings))).aloud()
+
+    async def synthesise(self, code: Code) -> Pixels:
+        """See `Client.synthesise`."""
+        return await self._run(self._plans.synthesise(code))
+
+    async def models(self) -> list[ModelInfo]:
+        """See `Client.models`."""
+        return list((await self.info()).models)
+
+    async def info(self) -> ServerInfo:
+        """See `Client.info`."""
+        return await self._run(self._plans.info())
+
+    async def encode_many(
+        self,
+        pictures: Iterable[ImageSource] | AsyncIterable[ImageSource],
+        *,
+        ordered: bool = True,
+        concurrency: int = 4,
+        progress: _Progress | None = None,
+        **settings: Unpack[Settings],
+    ) -> AsyncIterator[Encoded]:
+        """See `Client.encode_many`; `pictures` may be asynchronous too."""
+        _check_concurrency(concurrency)
+        pending: list[asyncio.Task[Encoded]] = []
+        places = asyncio.Semaphore(concurrency)
+        done = 0
+
+        async def one(index: int, picture: ImageSource) -> Encoded:
+            async with places:
+                return await self._encode_one(index, picture, settings)
+
+        async def take() -> Encoded:
+            nonlocal done
+            if ordered:
+                ready = pending[0]
+            else:
+                ready = next(iter((await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))[0]))
+            result = await ready
+            pending.remove(ready)
+            done += 1
+            if progress is not None:
+                progress(done)
+            return result
+
+        index = 0
+        try:
+            async for picture in _each(pictures):
+                pending.append(asyncio.create_task(one(index, picture)))
+                index += 1
+                if len(pending) >= 2 * concurrency:
+                    yield await take()
+            while pending:
+                yield await take()
+        finally:
+            for task in pending:
+                task.cancel()
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight fail."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:
+        """Made by the first call, in its event loop."""
+        channel: grpc.aio.Channel = self._open(grpc.aio)
+        return channel
+
+    async def _encode_one(self, index: int, picture: ImageSource, settings: Settings) -> Encoded:
+        try:
+            told = await self._run(self._plans.encode(picture, settings))
+        except _FAILURES as error:
+            return Encoded(index, None, error)
+        return Encoded(index, told.value, None, told.losses)
+
+    async def _run(self, plan: Plan[_Result]) -> _Result:
+        attempts = self._attempts(plan)
+        while True:
+            try:
+                call = self._call(self._channel, plan, attempts)
+                answers = [answer async for answer in call] if plan.streaming else [await call]
+                return plan.finish(iter(answers))
+            except grpc.RpcError as error:
+                await asyncio.sleep(attempts.pause(error))
+
+
+async def _each(things: Iterable[_Result] | AsyncIterable[_Result]) -> AsyncIterator[_Result]:
+    if isinstance(things, AsyncIterable):
+        async for thing in things:
+            yield thing
+    else:
+        for thing in things:
+            yield thing
+
+
+def _check_concurrency(concurrency: int) -> None:
+    """Raise `InvalidArgument` unless it is 1 or more."""
+    if concurrency < 1:
+        raise errors.InvalidArgument(f"concurrency is {concurrency}; expected 1 or more")

@@ -21,22 +21,12 @@ from hourglass.codec import errors, metrics
 from hourglass.codec.aim import parse_size
 from hourglass.codec.container import FileSource, Header, Section
 from hourglass.codec.errors import HourglassError
-from hourglass.codec.image import ImageSource, Metadata, Picture, Pixels
+from hourglass.codec.image import ImageSource, Keep, Metadata, Picture, Pixels
 from hourglass.codec.limits import Limits
-from hourglass.codec.pipeline import (
-    DEFAULT_QUALITY,
-    SCALES,
-    Code,
-    Codec,
-    Distortion,
-    ModelInfo,
-    Settings,
-    Region,
-    View,
-    check_settings,
-)
+from hourglass.codec.pipeline import Code, Codec, Distortion, ModelInfo
 from hourglass.codec.quantise import Effort
 from hourglass.codec.runtime import TensorRule
+from hourglass.codec.settings import DEFAULT_QUALITY, SCALES, Region, Settings, View, check_settings
 
 __all__ = [
     "DEFAULT_QUALITY",
@@ -49,6 +39,7 @@ __all__ = [
     "Header",
     "HourglassError",
     "ImageSource",
+    "Keep",
     "Limits",
     "Metadata",
     "ModelInfo",

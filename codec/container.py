@@ -298,9 +298,9 @@ def _check_kinds(kinds: Counter[int], has_model: bool) -> None:
     if unknown or twice or not (coded or lossless):
         found = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())) or "none"
         raise ContainerError(
-            f"file {'with' if has_model else 'without'} a model has sections of kinds {found}; expected {CODE} for each "
-            f"tile with or without as many {ALPHA}, or one {LOSSLESS} and no model, and no other kind that is unknown "
-            "or twice"
+            f"file {'with' if has_model else 'without'} a model has sections of kinds {found}; expected {CODE} for "
+            f"each tile, with or without as many {ALPHA}, or one {LOSSLESS} and no model, and no other kind that is "
+            "unknown or twice"
         )
 
 

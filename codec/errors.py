@@ -10,6 +10,7 @@
     ├── LimitError                    the input is larger than the limits in force
     ├── ModelError                    a model's own files are missing, damaged or inconsistent
     │   └── UnknownModelError         no model of that id is installed
+    ├── Cancelled                     the work was stopped because nobody waits for it any more
     └── RemoteError                   a server could not answer: away, too slow, or broken
 
     LossWarning                       a warning: part of what a picture held is not kept
@@ -21,6 +22,7 @@ into these where they first reach our code; the original stays attached as the c
 from __future__ import annotations
 
 __all__ = [
+    "Cancelled",
     "CodeError",
     "ContainerError",
     "CorruptError",
@@ -74,6 +76,10 @@ class ModelError(HourglassError):
 
 class UnknownModelError(ModelError):
     """No model of the id asked for is installed."""
+
+
+class Cancelled(HourglassError):
+    """The event of `Codec.stopped_by` was set before the work was done."""
 
 
 class RemoteError(HourglassError):

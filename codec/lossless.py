@@ -1,7 +1,7 @@
 """Pixels <-> bytes without any loss, by codecs of Pillow: alpha, and pictures that the learned codec is no use for.
 
-An area of one colour is that colour, one byte a channel. Everything else is a WebP (lossless) or PNG file. No valid file
-of either is as short as a colour.
+An area of one colour is that colour, one byte a channel. Everything else is a WebP (lossless) or PNG file. No valid
+file of either is as short as a colour.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec.errors import CorruptError
-from hourglass.codec.image import quiet
+from hourglass.codec.reader import quiet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,7 +69,9 @@ def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> 
             if opened.size != (width, height) or getattr(opened, "n_frames", 1) != 1:
                 raise CorruptError(f"picture without loss is {opened.size}; its file says {(width, height)}")
             alpha = opened.has_transparency_data
-            pixels = np.asarray(opened.convert({1: "L", 3: "RGB"}[channels] if not alpha else _ALPHA[channels]))
+            pixels: NDArray[np.uint8] = np.asarray(
+                opened.convert({1: "L", 3: "RGB"}[channels] if not alpha else _ALPHA[channels])
+            )
     except CorruptError:
         raise
     except Exception as exc:  # Pillow's plug-ins raise whatever a broken file makes them stumble over
@@ -80,8 +82,8 @@ def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> 
 class Outlook:
     """What `pack` may come to, judged by a twelfth of a picture's rows.
 
-    On drawings and screenshots zlib on differences is at most 7 times as large as WebP, and WebP in a hurry 3 times; only
-    what is nearly empty is further off.
+    On drawings and screenshots zlib on differences is at most 7 times as large as WebP, and WebP in a hurry 3 times;
+    only what is nearly empty is further off.
     """
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
@@ -91,7 +93,8 @@ class Outlook:
     @cached_property
     def is_nearly_empty(self) -> bool:
         """Whether there is next to nothing to store."""
-        return self._deflated < self._pixels.shape[0] * self._pixels.shape[1] / 40
+        height, width = self._pixels.shape[:2]
+        return self._deflated < int(height) * int(width) / 40
 
     def may_beat(self, size: int) -> bool:
         """Whether `pack` may come to `size` bytes or less."""

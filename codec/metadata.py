@@ -1,4 +1,4 @@
-"""What a picture file says beside its pixels, read from the bytes: EXIF and XMP orientation, a PNG's chunks."""
+"""A picture with its metadata, and what is read of them from bytes: EXIF and XMP orientation, a PNG's chunks."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ import os
 import re
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import IO
+from dataclasses import dataclass, field
+from typing import IO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec.errors import ImageError
+from hourglass.codec.errors import ImageError, InvalidArgument
 from hourglass.codec.limits import Limits
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""(H, W) grey, (H, W, 2) grey and alpha, (H, W, 3) RGB or (H, W, 4) RGBA; uint8, alpha not premultiplied."""
+
+Keep: TypeAlias = Literal["all", "icc", "none"]
+"""Metadata kept: all, the ICC profile only, or none (then the pixels are converted to sRGB)."""
 
 KINDS = {"icc": "ICC profile", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC"}
 """Field of `Metadata` -> what messages call it."""
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_KEPT = (b"acTL", b"tRNS", b"gAMA", b"cHRM", b"cICP", b"sRGB", b"iCCP", b"eXIf")
 _SRGB_CHROMATICITIES = np.array([31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000])
 _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation\s*(?:=\s*[\"']|>)\s*)(\d+)")
@@ -44,6 +51,47 @@ class Metadata:
         return len(self.icc) + len(self.exif) + len(self.xmp) + len(self.iptc)
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Pixels with their meaning."""
+
+    colour: NDArray[np.uint8]
+    """(H, W, 3) RGB or (H, W) grey, C-contiguous."""
+    alpha: NDArray[np.uint8] | None = None
+    """(H, W), not premultiplied; None when there is none or all is 255."""
+    metadata: Metadata = field(default_factory=Metadata)
+    losses: tuple[str, ...] = ()
+    """One sentence for each thing that the source held and this does not."""
+
+    def __post_init__(self) -> None:
+        shape = self.colour.shape
+        if self.colour.dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)) or 0 in shape:
+            raise InvalidArgument(
+                f"colour is an array {shape} {self.colour.dtype}; expected (H, W, 3) or (H, W) uint8, not empty"
+            )
+        if self.alpha is not None and (self.alpha.dtype != np.uint8 or self.alpha.shape != shape[:2]):
+            raise InvalidArgument(
+                f"alpha is an array {self.alpha.shape} {self.alpha.dtype}; expected {shape[:2]} uint8, as its colour"
+            )
+
+    @property
+    def pixels(self) -> Pixels:
+        """Colour and alpha as one array."""
+        return self.colour if self.alpha is None else np.dstack((self.colour, self.alpha))
+
+    @property
+    def width(self) -> int:
+        return int(self.colour.shape[1])
+
+    @property
+    def height(self) -> int:
+        return int(self.colour.shape[0])
+
+    @property
+    def grey(self) -> bool:
+        return self.colour.ndim == 2
+
+
 def reset_exif(exif: bytes) -> tuple[int, bytes]:
     """(orientation, 0 for none; EXIF with it set to 1). Raises `ValueError` or `struct.error` for broken EXIF."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
@@ -61,10 +109,43 @@ def reset_exif(exif: bytes) -> tuple[int, bytes]:
     return orientation, bytes(out)
 
 
+def drop_orientation(exif: bytes) -> bytes:
+    """EXIF as `reset_exif` leaves it, without its orientation tag; nothing else moves."""
+    order = "<" if exif[:2] == b"II" else ">"
+    (start,) = struct.unpack_from(order + "L", exif, 4)
+    (count,) = struct.unpack_from(order + "H", exif, start)
+    end = start + 2 + 12 * count
+    entries = [exif[at : at + 12] for at in range(start + 2, end, 12)]
+    left = [entry for entry in entries if struct.unpack_from(order + "H", entry)[0] != _ORIENTATION]
+    table = struct.pack(order + "H", len(left)) + b"".join(left) + exif[end : end + 4]
+    return exif[:start] + table.ljust(end + 4 - start, b"\0") + exif[end + 4 :]
+
+
 def reset_xmp(xmp: bytes) -> tuple[int, bytes]:
     """(orientation, 0 for none; XMP with it set to 1)."""
     found = _XMP_ORIENTATION.search(xmp)
     return int(found[2]) if found else 0, _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
+
+
+def tiff_pages(file: IO[bytes]) -> int:
+    """Number of pages of a TIFF, up to where the chain of its directories breaks or returns. Pillow, which parses
+    each and looks it up in a list, takes the square of it."""
+    file.seek(0)
+    head = file.read(16)
+    order, big = "<" if head[:1] == b"I" else ">", b"+" in head[:4]
+    (place, entries, item) = ("Q", "Q", 20) if big else ("L", "H", 12)
+    seen: set[int] = set()
+    try:
+        (start,) = struct.unpack_from(order + place, head, 8 if big else 4)
+        while start and start not in seen:
+            seen.add(start)
+            file.seek(start)
+            (count,) = struct.unpack(order + entries, file.read(struct.calcsize(order + entries)))
+            file.seek(count * item, os.SEEK_CUR)
+            (start,) = struct.unpack(order + place, file.read(struct.calcsize(order + place)))
+    except (struct.error, OSError, OverflowError, ValueError):
+        pass
+    return len(seen)
 
 
 def png_chunks(file: IO[bytes], name: str, limits: Limits, *, checked: bool = True) -> dict[bytes, bytes]:
@@ -113,6 +194,16 @@ def _itxt(rest: bytes, limits: Limits) -> bytes:
         return b""
     limits.check_metadata(len(text))
     return text
+
+
+def raw_profile(text: object) -> bytes:
+    """What ImageMagick's text chunk "Raw profile type ..." holds: name, length and hexadecimal lines; b"" for none."""
+    if not isinstance(text, str):
+        return b""
+    try:
+        return bytes.fromhex("".join(text.split("\n")[3:]))
+    except ValueError:
+        return b""
 
 
 def png_gamut(png: dict[bytes, bytes]) -> str:

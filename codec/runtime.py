@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent / "zoo"
 """The models that ship with the package."""
 
-DEFAULT_MODEL = "hourglass-2"
+DEFAULT_MODEL = "hourglass-3"
 
 
 def model_ids(zoo: Path = ZOO) -> list[str]:
@@ -226,8 +226,8 @@ class Model:
     def analyse(
         self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Analysis transforms of a rectangle of a picture (H, W, 3) or (H, W) uint8 -> latent (C, 4 h, 4 w) and hyper-latent
-        (Z, h, w), float32.
+        """Analysis transforms of a rectangle of a picture (H, W, 3) or (H, W) uint8 -> latent (C, 4 h, 4 w) and
+        hyper-latent (Z, h, w), float32.
 
         x, y: its corner, multiples of PADDING. h = ceil(height / 64), w = ceil(width / 64): where the picture ends it
         is padded with its last row and column.
@@ -292,14 +292,17 @@ class Model:
         return float(error), slope[0]
 
     def synthesise(self, patch: Patch, scale: int = 1) -> NDArray[np.uint8]:
-        """Synthesis transform: (16 rows, 16 columns, 3) uint8 of the positions to keep."""
+        """Synthesis transform: (16 rows / scale, 16 columns / scale, 3) uint8 of the positions to keep.
+
+        scale: 1, or 2, 4, 8 for a smaller picture at less than half the work.
+        """
         inputs: dict[str, NDArray[Any]] = {
             "core": patch.core,
             "rest": patch.rest,
             "rest_end": np.array(1 if patch.rest.shape[2:] == (1, 1) else 1 << 31, np.int64),
             "keep": np.array(patch.keep, np.int64),
         }
-        (pixels,) = self._run("decoder.onnx", inputs)
+        (pixels,) = self._run("decoder.onnx" if scale == 1 else f"reduced-{scale}.onnx", inputs)
         decoded: NDArray[np.uint8] = pixels[0]
         return decoded
 

@@ -21,10 +21,10 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import image
 from hourglass.codec.errors import ImageError, InvalidArgument, LossWarning
 from hourglass.codec.limits import Limits
-from hourglass.codec.metadata import KINDS, PNG_MAGIC, Metadata
+from hourglass.codec.metadata import KINDS, PNG_MAGIC, TIFF_MAGIC, Keep, Metadata, tiff_pages
+from hourglass.codec.reader import Reader, kept, pillow_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +36,8 @@ _HOLDS = {"PPM": set[str](), "PNG": {"icc", "exif", "xmp"}, "TIFF": {"icc", "xmp
 _PNM = re.compile(rb"P([56])((?:\s+|#[^\r\n]*[\r\n])+)(\d{1,9})((?:\s+|#[^\r\n]*[\r\n])+)(\d{1,9})"
                   rb"((?:\s+|#[^\r\n]*[\r\n])+)255\s")  # fmt: skip
 _CHUNK = 1 << 20
+_FEW = 16
+"""Rows that libvips is asked for at once: it keeps several times as many in memory."""
 
 
 class Strips:
@@ -80,9 +82,7 @@ class Strips:
         self.close()
 
 
-def open_strips(
-    path: str | os.PathLike[str], limits: Limits | None = None, *, keep: image.Keep = "all"
-) -> Strips | None:
+def open_strips(path: str | os.PathLike[str], limits: Limits | None = None, *, keep: Keep = "all") -> Strips | None:
     """Open a picture file for reading by rows; None when it must be read whole (or libvips is not installed).
 
     `keep` is as in `image.load`: "none" converts to sRGB. Of `limits` the side and the metadata are checked, not the
@@ -131,13 +131,13 @@ def _open_pnm(file: IO[bytes], head: bytes, name: str, limits: Limits) -> Strips
     return Strips(width, height, grey, fetch, file.close)
 
 
-def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: image.Keep) -> Strips | None:
+def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: Keep) -> Strips | None:
     try:
         import pyvips
     except (ImportError, OSError):  # OSError: pyvips without its library
         return None
-    reader = image.Reader(name, limits, keep, keep == "none", None)
-    with image.pillow_errors(name):
+    reader = Reader(name, limits, keep, keep == "none", None)
+    with pillow_errors(name):
         opened = _header(file, head, reader)
         if opened is None or not _by_rows(opened, reader):
             return None
@@ -154,22 +154,24 @@ def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: im
         if (picture.width, picture.height, picture.bands, picture.format) != (width, height, 1 if grey else 3, "uchar"):
             return None
         region = pyvips.Region.new(picture)
-    except pyvips.Error as exc:
-        raise ImageError(f"{name} cannot be decoded as a picture: {_reason(exc)}") from exc
+    except pyvips.Error:  # a kind of file that only Pillow reads, or none
+        return None
 
     def fetch(y: int, count: int) -> NDArray[np.uint8]:
+        part = np.empty((count, width, 1 if grey else 3), np.uint8)
         try:
-            part = np.frombuffer(region.fetch(0, y, width, count), np.uint8)
+            for at in range(0, count, _FEW):
+                few = min(_FEW, count - at)
+                part[at : at + few].reshape(-1)[:] = np.frombuffer(region.fetch(0, y + at, width, few), np.uint8)
         except pyvips.Error as exc:
             raise ImageError(f"{name} cannot be decoded as a picture: {_reason(exc)}") from exc
-        return part if transform is None else _through(transform, part.reshape(count, width, -1), grey)
+        return part if transform is None else _through(transform, part, grey)
 
     def close() -> None:
         nonlocal region, picture
         region = picture = None
 
-    kept = image.kept(metadata, icc, keep)
-    return Strips(width, height, grey, fetch, close, kept, tuple(reader.losses))
+    return Strips(width, height, grey, fetch, close, kept(metadata, icc, keep), tuple(reader.losses))
 
 
 def _reason(exc: Exception) -> str:
@@ -184,7 +186,7 @@ def _through(transform: Callable[[Image.Image], Image.Image], part: NDArray[np.u
     return np.ascontiguousarray(pixels[:, :, 1]) if grey else pixels
 
 
-def _header(file: IO[bytes], head: bytes, reader: image.Reader) -> Any:
+def _header(file: IO[bytes], head: bytes, reader: Reader) -> Any:
     """The picture with its header read, as Pillow has it; None for a format that is not read by rows.
 
     Not by `Image.open`, which refuses pictures of this size.
@@ -198,12 +200,15 @@ def _header(file: IO[bytes], head: bytes, reader: image.Reader) -> Any:
         return PngImagePlugin.PngImageFile(file)
     if head.startswith(b"\xff\xd8\xff"):
         return JpegImagePlugin.JpegImageFile(file)
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if head[:4] in TIFF_MAGIC:
+        if tiff_pages(file) > 1:
+            return None
+        file.seek(0)
         return TiffImagePlugin.TiffImageFile(file)
     return None
 
 
-def _by_rows(opened: Any, reader: image.Reader) -> bool:
+def _by_rows(opened: Any, reader: Reader) -> bool:
     """Whether nothing about the picture needs all of it at once."""
     if opened.mode not in ("L", "RGB") or opened.has_transparency_data:
         return False
@@ -221,7 +226,6 @@ def _by_rows(opened: Any, reader: image.Reader) -> bool:
         and set(tags.get(339, (1,))) == {1}
         and tags.get(274, 1) == 1
         and tags.get(259, 1) in (1, 5, 8, 32773, 32946)
-        and getattr(opened, "n_frames", 1) == 1
     )
 
 

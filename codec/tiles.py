@@ -1,7 +1,7 @@
 """One tile of a picture: which there are, its symbols <-> the bytes of its section, its latents and those around it.
 
-A picture is cut into tiles that are coded each by itself. The transforms look a little beyond a tile's edges, so that no
-seam shows.
+A picture is cut into tiles that are coded each by itself. The transforms look a little beyond a tile's edges, so that
+no seam shows.
 """
 
 from __future__ import annotations

@@ -3,101 +3,403 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable
+import math
+import threading
+import time
+import warnings
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any, TypeVar
 
 import grpc
-import grpc.aio
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
 
-from hourglass.codec import Codec, image
-from hourglass.codec.errors import HourglassError, InvalidArgument
-from hourglass.server.status import status_of
+from hourglass.codec import Codec, Limits, Picture, container, image
+from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LimitError, LossWarning, ModelError
+from hourglass.server.admission import Admission
+from hourglass.server.call import Call, Desk
+from hourglass.server.config import Config
+from hourglass.server.status import refusal_of
+from hourglass.server.telemetry import Record
 from hourglass.v1 import codec_pb2 as pb
-from hourglass.v1 import codec_pb2_grpc, convert
+from hourglass.v1 import convert
 
-_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_Request = TypeVar("_Request")
-_Answer = TypeVar("_Answer")
+SERVICE = pb.DESCRIPTOR.services_by_name["CodecService"]
 
-_FORMATS = {pb.IMAGE_FORMAT_PNG: "PNG", pb.IMAGE_FORMAT_JPEG: "JPEG", pb.IMAGE_FORMAT_WEBP: "WEBP"}
+_FORMATS = {
+    pb.IMAGE_FORMAT_PNG: "PNG",
+    pb.IMAGE_FORMAT_JPEG: "JPEG",
+    pb.IMAGE_FORMAT_WEBP: "WEBP",
+    pb.IMAGE_FORMAT_AVIF: "AVIF",
+    pb.IMAGE_FORMAT_TIFF: "TIFF",
+    pb.IMAGE_FORMAT_PPM: "PPM",
+}
+
+_ID_LENGTH = 128
+
+COST_BASE = 64 << 20
+COST_PER_PIXEL = 16
+"""Bytes that a work takes beside what it came with: the transforms of one tile, and pixels, latents and copies of the
+whole. tests/bench/load.py shows what it is in truth."""
 
 
-class CodecServicer(codec_pb2_grpc.CodecServiceServicer):
-    """Answers calls with `codec`, at most as many at a time as `executor` has threads."""
+@dataclass(frozen=True)
+class _Source:
+    """What a call brought to work on. value: bytes of a file, pixels, or a Code message. size: width, height."""
 
-    def __init__(self, codec: Codec, executor: Executor) -> None:
-        self._codec = codec
-        self._executor = executor
+    value: Any
+    size: tuple[int, int]
 
-    async def Encode(self, request: pb.EncodeRequest, context: _Context) -> pb.EncodeResponse:  # noqa: N802
-        return await self._answer(self._encode, request, context)
 
-    async def Decode(self, request: pb.DecodeRequest, context: _Context) -> pb.DecodeResponse:  # noqa: N802
-        return await self._answer(self._decode, request, context)
+class CodecServicer:
+    """Answers calls with `codec`. works: threads for the codec, one for each slot; light: threads for short looks."""
 
-    async def ListModels(  # noqa: N802
-        self, request: pb.ListModelsRequest, context: _Context
-    ) -> pb.ListModelsResponse:
-        return await self._answer(self._list_models, request, context)
+    def __init__(self, codec: Codec, config: Config, admission: Admission, works: Executor, light: Executor) -> None:
+        self._codec, self._config, self._admission = codec, config, admission
+        self._works, self._light = works, light
 
-    async def _answer(self, work: Callable[[_Request], _Answer], request: _Request, context: _Context) -> _Answer:
-        """Run `work` in a thread; its errors become the status of the call."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, work, request)
-        except HourglassError as error:
-            status = status_of(error)
-            return await _refuse(context, status.code, status.details, status.trailing_metadata)
-        except Exception:
-            _log.exception("%s failed", work.__name__)
-            return await _refuse(context, grpc.StatusCode.INTERNAL, "the server failed on this call; see its log", ())
+    def handlers(self, desk: Desk) -> grpc.GenericRpcHandler:
+        """All methods, for gRPC.
 
-    def _encode(self, request: pb.EncodeRequest) -> pb.EncodeResponse:
-        source = request.WhichOneof("source")
-        if source is None:
-            raise InvalidArgument("request has no picture; set image_file or pixels")
-        settings = convert.get_settings(request)
-        given = request.image_file if source == "image_file" else convert.pixels_from_message(request.pixels)
-        pixels, losses = image.load(given, self._codec.limits)
-        codec = self._codec.with_model(request.model) if request.model else self._codec
-        code = codec.analyse(pixels, **settings)
-        answer = pb.EncodeResponse(
-            model=code.model, quality=code.quality, width=code.width, height=code.height, warnings=losses
-        )
-        if request.want_file or not request.want_code:
-            answer.file = codec.pack(code)
-        if request.want_code:
-            answer.code.CopyFrom(convert.code_to_message(code))
-        if request.want_distortion:
-            distortion = codec.measure(pixels, code)
-            answer.distortion.CopyFrom(pb.Distortion(psnr=distortion.psnr, ms_ssim=distortion.ms_ssim))
-        return answer
+        On the wire a call with one message is a stream of one, and served as one here: so it can be refused before its
+        picture is read.
+        """
+        light = {"Inspect", "ListModels"}
+        table = {
+            method.name: grpc.stream_stream_rpc_method_handler(
+                desk.handler(method.name, getattr(self, method.name), method.name in light),
+                request_deserializer=getattr(pb, method.input_type.name).FromString,
+                response_serializer=getattr(pb, method.output_type.name).SerializeToString,
+            )
+            for method in SERVICE.methods
+        }
+        return grpc.method_handlers_generic_handler(SERVICE.full_name, table)
 
-    def _decode(self, request: pb.DecodeRequest) -> pb.DecodeResponse:
-        source = request.WhichOneof("source")
-        if source is None:
-            raise InvalidArgument("request has nothing to decode; set file or code")
-        if request.format not in (pb.IMAGE_FORMAT_UNSPECIFIED, *_FORMATS):
-            raise InvalidArgument(f"format is {request.format}; expected a value of ImageFormat")
-        code = self._codec.unpack(request.file) if source == "file" else convert.code_from_message(request.code)
-        pixels = self._codec.synthesise(code)
-        answer = pb.DecodeResponse(model=code.model, quality=code.quality)
-        if request.format == pb.IMAGE_FORMAT_UNSPECIFIED:
-            answer.pixels.CopyFrom(convert.pixels_to_message(pixels))
+    async def Encode(self, call: Call) -> None:  # noqa: N802
+        request = await call.read_one()
+        with self._admission.held(request.ByteSize()):
+            answer = await self._encode(call.record, request)
+        await _send_one(call, answer)
+
+    async def Decode(self, call: Call) -> None:  # noqa: N802
+        request = await call.read_one()
+        with self._admission.held(request.ByteSize()):
+            answer = await self._decode(call.record, request)
+        await _send_one(call, answer)
+
+    async def EncodeStream(self, call: Call) -> None:  # noqa: N802
+        start = await self._start(call)
+        raw = start.HasField("pixels")
+        if raw:  # the size is known before the first chunk
+            shape = convert.pixels_shape(start.pixels)
+            self._codec.limits.check_size(start.pixels.width, start.pixels.height)
+            if start.total_bytes != math.prod(shape):
+                raise InvalidArgument(
+                    f"total_bytes is {start.total_bytes}; pixels of shape {shape} need {math.prod(shape)}"
+                )
+        # An image file is copied once more, for Pillow.
+        with self._admission.held(start.total_bytes * (1 if raw else 2)):
+            data = await call.receive(start.total_bytes)
+            if raw:
+                pixels = convert.pixels_from_message(start.pixels, data.data)
+                source = _Source(pixels, (start.pixels.width, start.pixels.height))
+            else:
+                source = await self._measured(call.record, data.data)
+            del data
+            answer = await self._encode(call.record, start.request, source)
+        file, answer.file = answer.file, b""
+        head = pb.EncodeAnswer(response=answer, total_bytes=len(file))
+        await call.write(pb.EncodeStreamResponse(answer=head))
+        await call.send(pb.EncodeStreamResponse, file)
+
+    async def DecodeStream(self, call: Call) -> None:  # noqa: N802
+        start = await self._start(call)
+        _check_format(start.request)
+        with self._admission.held(2 * start.total_bytes):
+            data = (await call.receive(start.total_bytes)).tobytes()
+            request = start.request
+            if start.is_code:
+                try:
+                    request.code.ParseFromString(data)
+                except DecodeError as exc:
+                    raise CodeError(f"the chunks are no serialised Code message: {exc}") from exc
+                del data
+                answer, picture = await self._decode_to(call.record, request, self._code_source(request.code))
+            else:
+                answer, picture = await self._decode_to(
+                    call.record, request, await self._file_source(call.record, data)
+                )
+        if isinstance(picture, np.ndarray):
+            answer.pixels.CopyFrom(convert.pixels_to_message(picture, samples=False))
+            content = np.ascontiguousarray(picture).reshape(-1).data
         else:
-            answer.image_file = image.write(pixels, _FORMATS[request.format])
+            answer.image_file = b""
+            content = memoryview(picture)
+        await call.write(pb.DecodeStreamResponse(answer=pb.DecodeAnswer(response=answer, total_bytes=len(content))))
+        await call.send(pb.DecodeStreamResponse, content)
+
+    async def EncodeBatch(self, call: Call) -> None:  # noqa: N802
+        await self._batch(call, pb.EncodeBatchResponse, self._encode)
+
+    async def DecodeBatch(self, call: Call) -> None:  # noqa: N802
+        await self._batch(call, pb.DecodeBatchResponse, self._decode)
+
+    async def Inspect(self, call: Call) -> None:  # noqa: N802
+        request = await call.read_one()
+        header = await self._look(lambda: self._codec.read_header(request.file))
+        sections = [pb.Section(kind=s.kind, length=s.length, crc32=s.crc) for s in header.sections]
+        answer = pb.InspectResponse(
+            format_version=header.version,
+            model=header.model,
+            width=header.width,
+            height=header.height,
+            quality=header.quality,
+            total_bytes=header.length + sum(section.length for section in header.sections),
+            decodable=header.lossless or header.model in {model.id for model in await self._look(self._codec.models)},
+            grey=header.colour == container.GREY,
+            lossless=header.lossless,
+            sections=sections,
+        )
+        await call.write(answer)
+
+    async def ListModels(self, call: Call) -> None:  # noqa: N802
+        await call.read_one()
+        models = await self._look(self._codec.models)
+        answer = pb.ListModelsResponse(
+            models=[convert.model_to_message(model) for model in models],
+            default_model=self._codec.model,
+            server_version=version("hourglass-codec"),
+            max_pixels=self._config.max_pixels,
+            max_message_bytes=self._config.max_message_bytes,
+            max_stream_bytes=self._config.max_stream_bytes,
+        )
+        await call.write(answer)
+
+    async def _start(self, call: Call) -> Any:
+        """The start of a stream, after a look at its figures."""
+        message = await call.read_one()
+        if message.WhichOneof("part") != "start":
+            raise InvalidArgument("the stream begins with no start; send it before the chunks")
+        start, limit = message.start, self._config.max_stream_bytes
+        if start.request.WhichOneof("source") is not None:
+            raise InvalidArgument("start.request has a source; in a stream that comes in chunks")
+        if not 0 < start.total_bytes <= limit:
+            kind = LimitError if start.total_bytes else InvalidArgument
+            raise kind(f"total_bytes is {start.total_bytes}; expected 1 to {limit} (--max-stream-bytes)")
+        return start
+
+    async def _batch(self, call: Call, kind: Callable[..., Message], work: Callable[..., Awaitable[Message]]) -> None:
+        """Answer each item as it is done. As many are in memory as there are slots, and one that waits for the next."""
+        window = asyncio.Semaphore(self._config.slots + 1)
+
+        async def one(item: Any) -> None:
+            try:
+                if len(item.id) > _ID_LENGTH:
+                    raise InvalidArgument(f"id has {len(item.id)} characters; expected {_ID_LENGTH} at most")
+                with self._admission.held(item.request.ByteSize()):
+                    result = {"response": await work(call.record, item.request, patient=True)}
+            except Exception as error:  # whatever it is, the other items go on
+                call.record.failures += 1
+                result = {"failure": refusal_of(error, call.record.request_id).failure}
+            try:
+                await call.write(kind(id=item.id[:_ID_LENGTH], **result))
+            finally:
+                window.release()
+
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await window.acquire()
+                item = await call.read()
+                if item is None:
+                    return
+                group.create_task(one(item))
+
+    async def _encode(
+        self, record: Record, request: pb.EncodeRequest, source: _Source | None = None, patient: bool = False
+    ) -> pb.EncodeResponse:
+        if source is None:
+            match request.WhichOneof("source"):
+                case "image_file":
+                    source = await self._measured(record, request.image_file)
+                case "pixels":
+                    width, height = request.pixels.width, request.pixels.height
+                    self._codec.limits.check_size(width, height)
+                    source = _Source(convert.pixels_from_message(request.pixels), (width, height))
+                case _:
+                    raise InvalidArgument("request has no picture; set image_file or pixels")
+        settings = convert.get_settings(request)
+        return await self._work(record, source, partial(_encode, request, source.value, settings), patient)
+
+    async def _decode(self, record: Record, request: pb.DecodeRequest, patient: bool = False) -> pb.DecodeResponse:
+        _check_format(request)
+        match request.WhichOneof("source"):
+            case "file":
+                source = await self._file_source(record, request.file)
+            case "code":
+                source = self._code_source(request.code)
+            case _:
+                raise InvalidArgument("request has nothing to decode; set file or code")
+        answer, picture = await self._decode_to(record, request, source, patient)
+        if isinstance(picture, np.ndarray):
+            answer.pixels.CopyFrom(convert.pixels_to_message(picture))
+        else:
+            answer.image_file = picture
         return answer
 
-    def _list_models(self, _: pb.ListModelsRequest) -> pb.ListModelsResponse:
-        models = [convert.model_to_message(model) for model in self._codec.models()]
-        return pb.ListModelsResponse(models=models, default_model=self._codec.model)
+    async def _decode_to(
+        self, record: Record, request: pb.DecodeRequest, source: _Source, patient: bool = False
+    ) -> tuple[pb.DecodeResponse, NDArray[np.uint8] | bytes]:
+        """The answer without its picture, and the picture: pixels, or the bytes of an image file."""
+        return await self._work(record, source, partial(_decode, request, source.value), patient)
+
+    async def _work(
+        self, record: Record, source: _Source, work: Callable[[Codec, Record], _Result], patient: bool
+    ) -> _Result:
+        """Wait for a slot and do `work` in it. When the caller goes away it is not begun, or stops at its next tile."""
+        cost = COST_BASE + COST_PER_PIXEL * math.prod(source.size)
+        if cost > self._config.memory_bytes:
+            raise LimitError(
+                f"picture is {source.size[0]}x{source.size[1]} pixels, which takes {cost >> 20} MiB to work on; this "
+                f"server has {self._config.memory_bytes >> 20} MiB for that (--memory-mib)"
+            )
+        began = time.time_ns()
+        async with self._admission.slot(cost, math.inf if patient else None) as slot:
+            record.hops.append(("queue", began, time.time_ns()))
+            stop = threading.Event()
+            job = partial(work, self._codec.stopped_by(stop), record)
+            future = asyncio.get_running_loop().run_in_executor(self._works, _unless, stop, job)
+            slot.occupy(future)
+            try:
+                result = await asyncio.shield(future)
+            except asyncio.CancelledError:
+                stop.set()
+                future.add_done_callback(lambda done: done.exception())  # nobody else will look at it
+                raise
+        record.pixels += math.prod(source.size)
+        record.pictures += 1
+        return result
+
+    async def _measured(self, record: Record, data: bytes | memoryview) -> _Source:
+        """An image file with its size, taken from its header and checked."""
+        with record.hop("header"):
+            return _Source(data, await self._look(lambda: _size_of(data, self._codec.limits)))
+
+    async def _file_source(self, record: Record, data: bytes) -> _Source:
+        with record.hop("header"):
+            header = await self._look(lambda: self._codec.read_header(data))
+        return _Source(data, (header.width, header.height))
+
+    def _code_source(self, code: pb.Code) -> _Source:
+        self._codec.limits.check_size(code.width, code.height)
+        return _Source(code, (code.width, code.height))
+
+    async def _look(self, look: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._light, look)
 
 
-async def _refuse(
-    context: _Context, code: grpc.StatusCode, message: str, metadata: tuple[tuple[str, str | bytes], ...]
-) -> NoReturn:
-    await context.abort(code, message, metadata)
-    raise AssertionError("abort returned")
+def _unless(stop: threading.Event, job: Callable[[], _Result]) -> _Result:
+    if stop.is_set():
+        raise Cancelled("nobody waits for the result; the work was not begun")
+    return job()
+
+
+def _encode(
+    request: pb.EncodeRequest, given: bytes | NDArray[np.uint8], settings: Any, codec: Codec, record: Record
+) -> pb.EncodeResponse:
+    if request.model:
+        codec = codec.with_model(request.model)
+    keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
+    with nullcontext() if isinstance(given, np.ndarray) else record.hop("image"):
+        picture = image.load(given, codec.limits, keep=keep, srgb=srgb, frame=frame)
+    losses, picture = list(picture.losses), replace(picture, losses=())
+    wants_file = request.want_file or not request.want_code
+    code, file = None, b""
+    with record.hop("codec"):
+        if wants_file:
+            if request.want_code:
+                settings = {**settings, "fallback": False}
+            file = codec.encode(picture, **settings)
+        if request.want_code:
+            if wants_file:
+                code = codec.unpack(file)
+            else:
+                if picture.alpha is not None:
+                    losses.append("a code holds no alpha; it is left out")
+                code = codec.analyse(replace(picture, alpha=None), **settings)
+    width, height = picture.width, picture.height
+    answer = pb.EncodeResponse(model=codec.model, width=width, height=height, file=file, warnings=losses)
+    if code is not None:
+        answer.quality = code.quality
+        answer.code.CopyFrom(convert.code_to_message(code))
+    else:
+        header = codec.read_header(file)
+        answer.quality, answer.model, answer.lossless = header.quality, header.model, header.lossless
+    if file:
+        record.ratios.append(picture.pixels.nbytes / len(file))
+    if request.want_distortion:
+        with record.hop("measure"):
+            distortion = codec.measure(picture, code if code is not None else file)
+        answer.distortion.CopyFrom(pb.Distortion(psnr=distortion.psnr, ms_ssim=distortion.ms_ssim))
+    return answer
+
+
+def _decode(
+    request: pb.DecodeRequest, given: bytes | pb.Code, codec: Codec, record: Record
+) -> tuple[pb.DecodeResponse, NDArray[np.uint8] | bytes]:
+    with record.hop("codec"):
+        if isinstance(given, pb.Code):
+            code = convert.code_from_message(given)
+            picture = Picture(codec.synthesise(code))
+            answer = pb.DecodeResponse(model=code.model, quality=code.quality)
+        else:
+            picture = codec.decode_picture(given, **convert.get_view(request))
+            header = codec.read_header(given)
+            answer = pb.DecodeResponse(model=header.model, quality=header.quality, damage=picture.losses)
+    if request.format == pb.IMAGE_FORMAT_UNSPECIFIED:
+        if picture.metadata.size:
+            answer.metadata.CopyFrom(convert.metadata_to_message(picture.metadata))
+        return answer, picture.pixels
+    with record.hop("write"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossWarning)  # the caller chose the format
+        return answer, image.write(picture, _FORMATS[request.format])
+
+
+def _check_format(request: pb.DecodeRequest) -> None:
+    if request.format not in (pb.IMAGE_FORMAT_UNSPECIFIED, *_FORMATS):
+        raise InvalidArgument(f"format is {request.format}; expected a value of ImageFormat")
+
+
+class _Measured(LimitError):
+    """Not an error: ends the reading of an image file as soon as its size is known."""
+
+
+@dataclass(frozen=True)
+class _Probe(Limits):
+    """Limits that stop everything once they have been checked."""
+
+    def check_size(self, width: int, height: int) -> None:
+        super().check_size(width, height)
+        raise _Measured(width, height)
+
+
+def _size_of(data: bytes | memoryview, limits: Limits) -> tuple[int, int]:
+    """Width and height of an image file, from its header alone. Raises `ImageError`, `LimitError`."""
+    try:
+        image.load(data, _Probe(limits.pixels, limits.side, limits.file_bytes))
+    except _Measured as found:
+        width, height = found.args
+        return width, height
+    raise ModelError("image.load did not check the size of a picture")
+
+
+async def _send_one(call: Call, answer: Message) -> None:
+    with call.record.hop("send"):
+        await call.write(answer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from hourglass.client import Client
 from hourglass.codec import Codec, metrics
-from hourglass.server.main import Config, Server
+from hourglass.server.config import Config
+from hourglass.server.worker import Server
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -51,19 +53,33 @@ def codec() -> Codec:
     return Codec()
 
 
-@pytest.fixture(scope="session")
-def address() -> Iterator[str]:
-    """HOST:PORT of a server that runs in a thread for the whole session."""
+@contextmanager
+def _served(config: Config) -> Iterator[Server]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(Config(listen="127.0.0.1:0", workers=2))
+    server = Server(config)
     asyncio.run_coroutine_threadsafe(server.start(), loop).result(60)
-    yield f"127.0.0.1:{server.port}"
-    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    try:
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[[Config], AbstractContextManager[Server]]:
+    """A server in a thread of this process, for as long as the context lasts."""
+    return _served
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """HOST:PORT of a server that runs in a thread for the whole session."""
+    with _served(Config(listen="127.0.0.1:0", slots=2)) as server:
+        yield f"127.0.0.1:{server.port}"
 
 
 @pytest.fixture

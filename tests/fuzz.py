@@ -59,7 +59,7 @@ with _instrumented:
         tiles,
     )
     from hourglass.codec.container import ALPHA, CODE, EXIF, ICC, IPTC, LOSSLESS, XMP, Front
-    from hourglass.codec.pipeline import View
+    from hourglass.codec.settings import View
 
 import numpy as np
 from PIL import Image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from PIL import Image
 
 from hourglass.client import Client
 from hourglass.codec import Codec, errors, image, metrics
-from hourglass.server.status import STATUS, status_of
+from hourglass.server.status import STATUS, refusal_of
 from hourglass.v1 import codec_pb2 as pb
 from hourglass.v1 import codec_pb2_grpc
 
@@ -84,25 +85,25 @@ BAD_REQUESTS = {
     "text": ("Encode", pb.EncodeRequest(image_file=b"text"), "INVALID_ARGUMENT", "ImageError"),
     "pixels": (
         "Encode",
-        pb.EncodeRequest(pixels=pb.Pixels(width=3, height=3, rgb=b"12")),
+        pb.EncodeRequest(pixels=pb.Pixels(width=3, height=3, data=b"12")),
         "INVALID_ARGUMENT",
         "InvalidArgument",
     ),
     "huge": (
         "Encode",
-        pb.EncodeRequest(pixels=pb.Pixels(width=2**32 - 1, height=2**32 - 1, rgb=b"")),
+        pb.EncodeRequest(pixels=pb.Pixels(width=2**32 - 1, height=2**32 - 1, data=b"")),
         "INVALID_ARGUMENT",
-        "InvalidArgument",
+        "LimitError",
     ),
     "empty": (
         "Encode",
-        pb.EncodeRequest(pixels=pb.Pixels(width=0, height=9, rgb=b"")),
+        pb.EncodeRequest(pixels=pb.Pixels(width=0, height=9, data=b"")),
         "INVALID_ARGUMENT",
         "InvalidArgument",
     ),
     "long name": (
         "Encode",
-        pb.EncodeRequest(pixels=pb.Pixels(width=1, height=1, rgb=b"abc"), model="x" * 20_000),
+        pb.EncodeRequest(pixels=pb.Pixels(width=1, height=1, data=b"abc"), model="x" * 20_000),
         "NOT_FOUND",
         "UnknownModelError",
     ),
@@ -125,7 +126,7 @@ BAD_REQUESTS = {
     "format": ("Decode", pb.DecodeRequest(file=b"x", format=77), "INVALID_ARGUMENT", "InvalidArgument"),
     "tensor": (
         "Decode",
-        pb.DecodeRequest(code=pb.Code(model="hourglass-2", width=16, height=16, tensors=[pb.Tensor(name="y")])),
+        pb.DecodeRequest(code=pb.Code(model="hourglass-3", width=16, height=16, tensors=[pb.Tensor(name="y")])),
         "INVALID_ARGUMENT",
         "CodeError",
     ),
@@ -135,7 +136,7 @@ BAD_REQUESTS = {
         "NOT_FOUND",
         "UnknownModelError",
     ),
-    "code size": ("Decode", pb.DecodeRequest(code=pb.Code(model="hourglass-2")), "INVALID_ARGUMENT", "CodeError"),
+    "code size": ("Decode", pb.DecodeRequest(code=pb.Code(model="hourglass-3")), "INVALID_ARGUMENT", "CodeError"),
 }
 
 
@@ -202,9 +203,10 @@ def test_every_error_has_a_status() -> None:
     for name in errors.__all__:
         kind = getattr(errors, name)
         if issubclass(kind, errors.HourglassError):
-            status = status_of(kind("why"))
-            assert status.code in STATUS.values()
-            assert status.details == "why"
+            refusal = refusal_of(kind("why"), "the-id")
+            assert refusal.code in STATUS.values()
+            assert refusal.reason == name
+            assert refusal.message == "why" or (refusal.code.name == "INTERNAL" and "the-id" in refusal.message)
 
 
 def test_health(channel: grpc.Channel) -> None:
@@ -229,7 +231,7 @@ def test_own_process(parrots: Path, codec: Codec) -> None:
         assert process.stderr is not None
         timer = threading.Timer(60, process.kill)
         timer.start()
-        line = process.stderr.readline()
+        line = json.loads(process.stderr.readline())["message"]
         assert "listening on 127.0.0.1:" in line
         address = line.split("listening on ")[1].split(",")[0]
         with Client(address) as client:

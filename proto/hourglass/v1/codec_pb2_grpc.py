@@ -29,7 +29,9 @@ class CodecServiceStub:
     """Encodes pictures to .hgc files and code tensors, and decodes both.
 
     A refused call carries google.rpc.ErrorInfo in its status details: domain "hourglass", reason the name of the
-    error, for example "CorruptError".
+    error, for example "CorruptError". A server that is busy answers RESOURCE_EXHAUSTED with google.rpc.RetryInfo beside it;
+    one that is going away answers UNAVAILABLE. Every answer has the id of its request in the trailer x-request-id, that of
+    the caller where the call had one in its metadata.
     """
 
     def __init__(self, channel):
@@ -48,6 +50,31 @@ class CodecServiceStub:
                 request_serializer=hourglass_dot_v1_dot_codec__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=hourglass_dot_v1_dot_codec__pb2.DecodeResponse.FromString,
                 _registered_method=True)
+        self.EncodeStream = channel.stream_stream(
+                '/hourglass.v1.CodecService/EncodeStream',
+                request_serializer=hourglass_dot_v1_dot_codec__pb2.EncodeStreamRequest.SerializeToString,
+                response_deserializer=hourglass_dot_v1_dot_codec__pb2.EncodeStreamResponse.FromString,
+                _registered_method=True)
+        self.DecodeStream = channel.stream_stream(
+                '/hourglass.v1.CodecService/DecodeStream',
+                request_serializer=hourglass_dot_v1_dot_codec__pb2.DecodeStreamRequest.SerializeToString,
+                response_deserializer=hourglass_dot_v1_dot_codec__pb2.DecodeStreamResponse.FromString,
+                _registered_method=True)
+        self.EncodeBatch = channel.stream_stream(
+                '/hourglass.v1.CodecService/EncodeBatch',
+                request_serializer=hourglass_dot_v1_dot_codec__pb2.EncodeBatchRequest.SerializeToString,
+                response_deserializer=hourglass_dot_v1_dot_codec__pb2.EncodeBatchResponse.FromString,
+                _registered_method=True)
+        self.DecodeBatch = channel.stream_stream(
+                '/hourglass.v1.CodecService/DecodeBatch',
+                request_serializer=hourglass_dot_v1_dot_codec__pb2.DecodeBatchRequest.SerializeToString,
+                response_deserializer=hourglass_dot_v1_dot_codec__pb2.DecodeBatchResponse.FromString,
+                _registered_method=True)
+        self.Inspect = channel.unary_unary(
+                '/hourglass.v1.CodecService/Inspect',
+                request_serializer=hourglass_dot_v1_dot_codec__pb2.InspectRequest.SerializeToString,
+                response_deserializer=hourglass_dot_v1_dot_codec__pb2.InspectResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/hourglass.v1.CodecService/ListModels',
                 request_serializer=hourglass_dot_v1_dot_codec__pb2.ListModelsRequest.SerializeToString,
@@ -59,11 +86,13 @@ class CodecServiceServicer:
     """Encodes pictures to .hgc files and code tensors, and decodes both.
 
     A refused call carries google.rpc.ErrorInfo in its status details: domain "hourglass", reason the name of the
-    error, for example "CorruptError".
+    error, for example "CorruptError". A server that is busy answers RESOURCE_EXHAUSTED with google.rpc.RetryInfo beside it;
+    one that is going away answers UNAVAILABLE. Every answer has the id of its request in the trailer x-request-id, that of
+    the caller where the call had one in its metadata.
     """
 
     def Encode(self, request, context):
-        """A picture to a .hgc file, a code, or both.
+        """A picture to a .hgc file, a code, or both. For pictures up to ListModelsResponse.max_message_bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,8 +105,46 @@ class CodecServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EncodeStream(self, request_iterator, context):
+        """Encode for large pictures: `start`, then the picture in chunks of about 1 MiB, then the end of the stream. It is answered
+        with `answer`, then the .hgc file in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecodeStream(self, request_iterator, context):
+        """Decode for large pictures: `start`, then the file in chunks of about 1 MiB, then the end of the stream. It is answered
+        with `answer`, then the picture in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EncodeBatch(self, request_iterator, context):
+        """Encodes many pictures. Each is answered as soon as it is done, in any order; a bad one has a failure for an answer and
+        the others go on. The server reads on only as it gets work done, so send and receive at the same time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DecodeBatch(self, request_iterator, context):
+        """Decodes many files or codes, in the same way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Inspect(self, request, context):
+        """What the header of a .hgc file says; nothing is decoded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
-        """The models that this server has.
+        """The models that this server has, and its limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +163,31 @@ def add_CodecServiceServicer_to_server(servicer, server):
                     request_deserializer=hourglass_dot_v1_dot_codec__pb2.DecodeRequest.FromString,
                     response_serializer=hourglass_dot_v1_dot_codec__pb2.DecodeResponse.SerializeToString,
             ),
+            'EncodeStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodeStream,
+                    request_deserializer=hourglass_dot_v1_dot_codec__pb2.EncodeStreamRequest.FromString,
+                    response_serializer=hourglass_dot_v1_dot_codec__pb2.EncodeStreamResponse.SerializeToString,
+            ),
+            'DecodeStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.DecodeStream,
+                    request_deserializer=hourglass_dot_v1_dot_codec__pb2.DecodeStreamRequest.FromString,
+                    response_serializer=hourglass_dot_v1_dot_codec__pb2.DecodeStreamResponse.SerializeToString,
+            ),
+            'EncodeBatch': grpc.stream_stream_rpc_method_handler(
+                    servicer.EncodeBatch,
+                    request_deserializer=hourglass_dot_v1_dot_codec__pb2.EncodeBatchRequest.FromString,
+                    response_serializer=hourglass_dot_v1_dot_codec__pb2.EncodeBatchResponse.SerializeToString,
+            ),
+            'DecodeBatch': grpc.stream_stream_rpc_method_handler(
+                    servicer.DecodeBatch,
+                    request_deserializer=hourglass_dot_v1_dot_codec__pb2.DecodeBatchRequest.FromString,
+                    response_serializer=hourglass_dot_v1_dot_codec__pb2.DecodeBatchResponse.SerializeToString,
+            ),
+            'Inspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inspect,
+                    request_deserializer=hourglass_dot_v1_dot_codec__pb2.InspectRequest.FromString,
+                    response_serializer=hourglass_dot_v1_dot_codec__pb2.InspectResponse.SerializeToString,
+            ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
                     request_deserializer=hourglass_dot_v1_dot_codec__pb2.ListModelsRequest.FromString,
@@ -113,7 +205,9 @@ class CodecService:
     """Encodes pictures to .hgc files and code tensors, and decodes both.
 
     A refused call carries google.rpc.ErrorInfo in its status details: domain "hourglass", reason the name of the
-    error, for example "CorruptError".
+    error, for example "CorruptError". A server that is busy answers RESOURCE_EXHAUSTED with google.rpc.RetryInfo beside it;
+    one that is going away answers UNAVAILABLE. Every answer has the id of its request in the trailer x-request-id, that of
+    the caller where the call had one in its metadata.
     """
 
     @staticmethod
@@ -160,6 +254,141 @@ class CodecService:
             '/hourglass.v1.CodecService/Decode',
             hourglass_dot_v1_dot_codec__pb2.DecodeRequest.SerializeToString,
             hourglass_dot_v1_dot_codec__pb2.DecodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/hourglass.v1.CodecService/EncodeStream',
+            hourglass_dot_v1_dot_codec__pb2.EncodeStreamRequest.SerializeToString,
+            hourglass_dot_v1_dot_codec__pb2.EncodeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/hourglass.v1.CodecService/DecodeStream',
+            hourglass_dot_v1_dot_codec__pb2.DecodeStreamRequest.SerializeToString,
+            hourglass_dot_v1_dot_codec__pb2.DecodeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EncodeBatch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/hourglass.v1.CodecService/EncodeBatch',
+            hourglass_dot_v1_dot_codec__pb2.EncodeBatchRequest.SerializeToString,
+            hourglass_dot_v1_dot_codec__pb2.EncodeBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DecodeBatch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/hourglass.v1.CodecService/DecodeBatch',
+            hourglass_dot_v1_dot_codec__pb2.DecodeBatchRequest.SerializeToString,
+            hourglass_dot_v1_dot_codec__pb2.DecodeBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hourglass.v1.CodecService/Inspect',
+            hourglass_dot_v1_dot_codec__pb2.InspectRequest.SerializeToString,
+            hourglass_dot_v1_dot_codec__pb2.InspectResponse.FromString,
             options,
             channel_credentials,
             insecure,

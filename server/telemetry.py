@@ -1,0 +1,200 @@
+"""What the server tells of itself: metrics, logs and traces, all made from one Record for each call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import prometheus_client as prometheus
+
+from hourglass.codec.errors import InvalidArgument
+
+_log = logging.getLogger("hourglass.server")
+
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 60)
+
+
+@dataclass
+class Record:
+    """One call, filled in as it goes on. hops: name, begin and end in ns since 1970."""
+
+    method: str
+    request_id: str
+    client: str
+    metadata: Mapping[str, str]
+    began: int = field(default_factory=time.time_ns)
+    code: str = "OK"
+    message: str = ""
+    bytes_in: int = 0
+    bytes_out: int = 0
+    pixels: int = 0
+    pictures: int = 0
+    failures: int = 0
+    ratios: list[float] = field(default_factory=list)
+    hops: list[tuple[str, int, int]] = field(default_factory=list)
+
+    @contextmanager
+    def hop(self, name: str) -> Iterator[None]:
+        """Time a part of the call: receive, queue, header, image, codec, measure, write or send."""
+        began = time.time_ns()
+        try:
+            yield
+        finally:
+            self.hops.append((name, began, time.time_ns()))
+
+
+class Telemetry:
+    """Takes the records of one process. registry: where its metrics are, for tests and for one process alone."""
+
+    def __init__(self, trace_endpoint: str = "") -> None:
+        self.registry = prometheus.CollectorRegistry()
+        common: dict[str, Any] = {"registry": self.registry}
+        self._calls = prometheus.Counter("hourglass_calls", "Calls answered.", ["method", "code"], **common)
+        self._seconds = prometheus.Histogram(
+            "hourglass_call_seconds",
+            "From the first byte of a call to its last.",
+            ["method"],
+            buckets=_SECONDS,
+            **common,
+        )
+        self._hops = prometheus.Histogram(
+            "hourglass_hop_seconds", "Parts of calls.", ["method", "hop"], buckets=_SECONDS, **common
+        )
+        self._pictures = prometheus.Counter("hourglass_pictures", "Pictures done.", ["method", "result"], **common)
+        self._pixels = prometheus.Counter("hourglass_pixels", "Pixels done.", ["method"], **common)
+        self._bytes = prometheus.Counter("hourglass_bytes", "Bytes of messages.", ["method", "direction"], **common)
+        self._ratio = prometheus.Histogram(
+            "hourglass_ratio",
+            "Raw 24-bit size over file size of pictures encoded.",
+            buckets=(5, 10, 20, 30, 40, 60, 80, 120, 200, 400),
+            **common,
+        )
+        self._gauges = {
+            name: prometheus.Gauge(f"hourglass_{name}", text, multiprocess_mode="livesum", **common)
+            for name, text in {
+                "queue_length": "Works that wait for a slot.",
+                "running": "Works in a slot.",
+                "inside": "Calls in the house.",
+                "budget_bytes": "Bytes of the memory budget in use.",
+                "resident_bytes": "Resident memory of the workers.",
+                "workers": "Workers that serve.",
+            }.items()
+        }
+        self._tracer = _tracer(trace_endpoint) if trace_endpoint else None
+
+    def gauges(self, **values: float) -> None:
+        """Set gauges by name, and the resident memory."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+        for name, value in {**values, "resident_bytes": pages * os.sysconf("SC_PAGE_SIZE")}.items():
+            self._gauges[name].set(value)
+
+    def add(self, record: Record) -> None:
+        """Count, log and trace a call that has ended."""
+        ended = time.time_ns()
+        self._calls.labels(record.method, record.code).inc()
+        self._seconds.labels(record.method).observe((ended - record.began) / 1e9)
+        parts: dict[str, float] = {}
+        for name, began, end in record.hops:
+            self._hops.labels(record.method, name).observe((end - began) / 1e9)
+            parts[name] = parts.get(name, 0.0) + (end - began) / 1e6
+        for result, count in (("ok", record.pictures), ("failed", record.failures)):
+            if count:
+                self._pictures.labels(record.method, result).inc(count)
+        self._pixels.labels(record.method).inc(record.pixels)
+        self._bytes.labels(record.method, "in").inc(record.bytes_in)
+        self._bytes.labels(record.method, "out").inc(record.bytes_out)
+        for ratio in record.ratios:
+            self._ratio.observe(ratio)
+        self._log(record, ended, parts)
+        if self._tracer is not None:
+            self._trace(record, ended)
+
+    def _log(self, record: Record, ended: int, parts: dict[str, float]) -> None:
+        facts = {
+            "method": record.method,
+            "code": record.code,
+            "request_id": record.request_id,
+            "client": record.client,
+            "ms": round((ended - record.began) / 1e6, 1),
+            "hops_ms": {name: round(value, 1) for name, value in parts.items()},
+            "bytes_in": record.bytes_in,
+            "bytes_out": record.bytes_out,
+            "pixels": record.pixels,
+        }
+        _log.info(record.message or "call", extra={"facts": facts})
+
+    def _trace(self, record: Record, ended: int) -> None:
+        """A span for the call, below the caller's own where its metadata names one, and one below it for each hop."""
+        from opentelemetry import propagate, trace
+
+        assert self._tracer is not None
+        span = self._tracer.start_span(
+            f"hourglass.v1.CodecService/{record.method}",
+            context=propagate.extract(record.metadata),
+            kind=trace.SpanKind.SERVER,
+            start_time=record.began,
+            attributes={
+                "rpc.system": "grpc",
+                "rpc.method": record.method,
+                "rpc.grpc.status_code": record.code,
+                "hourglass.request_id": record.request_id,
+                "hourglass.pixels": record.pixels,
+            },
+        )
+        if record.code not in ("OK", "CANCELLED"):
+            span.set_status(trace.StatusCode.ERROR, record.message)
+        inside = trace.set_span_in_context(span)
+        for name, began, end in record.hops:
+            self._tracer.start_span(name, context=inside, start_time=began).end(end)
+        span.end(ended)
+
+
+def _tracer(endpoint: str) -> Any:
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as exc:
+        raise InvalidArgument(
+            f"--trace-endpoint needs OpenTelemetry ({exc}); run pip install 'hourglass-codec[tracing]'"
+        ) from exc
+    provider = TracerProvider(resource=Resource.create({"service.name": "hourglass-server"}))
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https"))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider.get_tracer("hourglass.server")
+
+
+class _Json(logging.Formatter):
+    """One JSON object a line: time, level, message, process, and the facts given with the message."""
+
+    _zone: ClassVar[str] = "%Y-%m-%dT%H:%M:%S"
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime(self._zone, time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            "logger": record.name,
+            "pid": record.process,
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def set_up_logs(level: str) -> None:
+    """JSON lines to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -73,7 +73,10 @@ BAD_STREAMS = {
     "empty": ([_encode_start(total_bytes=0)], "total_bytes is 0"),
     "mismatch": ([_encode_start(total_bytes=9, pixels=pb.Pixels(width=2, height=2))], "need 12"),
     "channels": ([_encode_start(total_bytes=9, pixels=pb.Pixels(width=1, height=1, channels=9))], "channels is 9"),
-    "no picture": ([_encode_start(total_bytes=2), pb.EncodeStreamRequest(chunk=b"xy")], "no picture format that can be read"),
+    "no picture": (
+        [_encode_start(total_bytes=2), pb.EncodeStreamRequest(chunk=b"xy")],
+        "no picture format that can be read",
+    ),
 }
 
 

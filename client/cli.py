@@ -284,13 +284,28 @@ def _encode(coder: Coder, options: Options, name: str, target: str) -> Report:
         seconds, source = time.perf_counter() - started, Path(name).stat().st_size
         return _report(name, target, target, (source, Path(target).stat().st_size), (None, None), seconds)
     content = _read(name)
-    data = coder.encode(content, **options.settings)
+    with _quietly():
+        data = coder.encode(content, **options.settings)
     seconds = time.perf_counter() - started
     psnr = ms_ssim = None
     if options.metrics:
         psnr, ms_ssim = _distortion(content, coder.decode_picture(data), options.settings)
     _write(target, data)
     return _report(name, target, data, (len(content), len(data)), (psnr, ms_ssim), seconds)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what C libraries write to stderr: libtiff has lines of its own for a broken file, beside our error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _rows(coder: Coder, options: Options, name: str, target: str) -> strips.Strips | None:

@@ -214,7 +214,7 @@ def _files() -> Iterator[bytes]:
 
     def encoded(of: np.ndarray, metadata: image.Metadata | None = None, **settings: object) -> bytes:
         loaded = replace(image.load(of), metadata=metadata or image.Metadata())
-        return codec().encode_picture(loaded, effort="fast", **settings)  # type: ignore[arg-type]
+        return codec().encode(loaded, effort="fast", **settings)  # type: ignore[arg-type]
 
     yield encoded(pixels(1, 1, 3), fallback=False)
     yield encoded(pixels(33, 17), fallback=False, quality=20)

@@ -255,7 +255,7 @@ def _pictures(draw: st.DrawFn) -> Picture:
 @given(picture=_pictures(), hundredths=st.integers(0, 10_000), fallback=st.booleans())
 def test_round_trip(picture: Picture, hundredths: int, fallback: bool) -> None:
     codec = fuzz.codec()
-    data = codec.encode_picture(picture, quality=hundredths / 100, effort="fast", fallback=fallback)
+    data = codec.encode(picture, quality=hundredths / 100, effort="fast", fallback=fallback)
     header = read_header(data)
     assert (header.width, header.height) == (picture.width, picture.height)
     assert header.colour == (container.GREY if picture.grey else container.RGB)
@@ -272,7 +272,7 @@ def test_round_trip(picture: Picture, hundredths: int, fallback: bool) -> None:
         assert _same(decoded, picture)
     else:
         assert header.quality == hundredths / 100
-    assert codec.encode_picture(picture, quality=hundredths / 100, effort="fast", fallback=fallback) == data
+    assert codec.encode(picture, quality=hundredths / 100, effort="fast", fallback=fallback) == data
 
 
 _numbers = st.one_of(
@@ -443,7 +443,7 @@ def test_broken_lossless_pictures(payload: bytes, codec: Codec) -> None:
 def test_stored_pictures_of_another_size(format: str, codec: Codec) -> None:
     """As a whole, and as alpha."""
     options = {"lossless": True} if format == "WEBP" else {}
-    real = codec.encode_picture(
+    real = codec.encode(
         Picture(np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=np.uint8)), fallback=False, effort="fast"
     )
     _, parts = container.read(real)
@@ -460,7 +460,7 @@ def test_stored_pictures_of_another_size(format: str, codec: Codec) -> None:
 
 @pytest.mark.parametrize("payload", [b"", b"ab", b"abc", "LA", "RGBA"])
 def test_alpha_that_is_none(payload: bytes | str, codec: Codec) -> None:
-    real = codec.encode_picture(
+    real = codec.encode(
         Picture(np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=np.uint8)), fallback=False, effort="fast"
     )
     header, parts = container.read(real)
@@ -536,9 +536,9 @@ def test_bombs_do_not_go_off(tmp_path: Path) -> None:
     """Picture files on their way in, and the same as stored pictures and alphas: no memory to speak of, measured."""
     codec = fuzz.codec()
     plain = Picture(np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=np.uint8))
-    coded, parts = container.read(codec.encode_picture(plain, fallback=False, effort="fast"))
+    coded, parts = container.read(codec.encode(plain, fallback=False, effort="fast"))
     front = Front(codec.model, container.RGB, 8, 8, coded.quality)
-    for name, data in {"a.png": _saved(Image.new("RGB", (8, 8)), "PNG"), "a.hgc": codec.encode_picture(plain)}.items():
+    for name, data in {"a.png": _saved(Image.new("RGB", (8, 8)), "PNG"), "a.hgc": codec.encode(plain)}.items():
         (tmp_path / name).write_bytes(data)
     files = []
     for name, data in _bombs().items():
@@ -578,7 +578,7 @@ def test_hostile_metadata_does_not_break_writers(format: str, codec: Codec) -> N
             broken[rng.randrange(len(broken))] = rng.choice((0, 1, 3, 127, 255))
         metadata = Metadata(rng.randbytes(turn), bytes(broken), rng.randbytes(turn), rng.randbytes(turn))
         picture = Picture(np.zeros((3, 4, 3), np.uint8), None, metadata)
-        data = codec.encode_picture(picture)
+        data = codec.encode(picture)
         decoded = codec.decode_picture(data)
         assert decoded.metadata == metadata
         with warnings.catch_warnings():

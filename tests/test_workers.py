@@ -136,12 +136,12 @@ def test_kill_reload_and_drain_under_load(started: Callable[..., Process], tmp_p
 
 
 def _hup(server: Process, tokens: Path, models: Path) -> None:
-    shutil.copytree(ZOO / "hourglass-2", models / "another")
+    shutil.copytree(ZOO / "hourglass-3", models / "another")
     tokens.write_text("one:the-first-token-there-is\ntwo:the-second-token-there-is\n")
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for("reloaded; models: another, hourglass-2", 2)
+    server.wait_for("reloaded; models: another, hourglass-3", 2)
     with Client(server.address, model="another", token="the-second-token-there-is") as client:
-        assert [model.id for model in client.models()] == ["another", "hourglass-2"]
+        assert [model.id for model in client.models()] == ["another", "hourglass-3"]
         assert client.encode(image.read(Path(__file__).parent / "images" / "parrots.png")[:64, :64])
 
 

@@ -28,8 +28,11 @@ import numpy as np
 from PIL import Image
 
 from hourglass.codec import Codec, image
+from hourglass.codec.container import Reader
+from hourglass.codec.decoding import whole
 from hourglass.codec.image import list_pictures
 from hourglass.codec.runtime import DEFAULT_MODEL
+from hourglass.codec.tiles import Grid
 
 SIZES = {"768x512": (768, 512), "2 MP": (1632, 1224), "12 MP": (4000, 3000)}
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
@@ -47,8 +50,8 @@ def mosaic(paths: list[Path], width: int, height: int) -> image.Pixels:
     side, tall = min(p.shape[1] for p in pictures), min(p.shape[0] for p in pictures)
     columns, rows = -(-width // side), -(-height // tall)
     cut = [pictures[i % len(pictures)][:tall, :side] for i in range(columns * rows)]
-    whole = np.concatenate([np.concatenate(cut[r * columns : (r + 1) * columns], 1) for r in range(rows)])
-    return np.ascontiguousarray(whole[:height, :width])
+    tiled = np.concatenate([np.concatenate(cut[r * columns : (r + 1) * columns], 1) for r in range(rows)])
+    return np.ascontiguousarray(tiled[:height, :width])
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -99,22 +102,27 @@ def measure(source: Path, folder: Path, repeat: int) -> dict[str, Any]:
 
 
 def hops(codec: Codec, source: Path, file: Path, repeat: int) -> dict[str, float]:
-    """Median seconds of each part of encode and decode."""
-    pixels = image.read(source)
-    analysed = codec._transform(pixels)
-    coded = codec._quantise(analysed, 50, "default")
-    data = file.read_bytes()
-    decoded = codec._unpack(data)
-    parts: dict[str, Callable[[], object]] = {
-        "read the picture": lambda: image.read(source),
-        "analysis": lambda: codec._transform(pixels),
-        "prior and quantisation": lambda: codec._quantise(analysed, 50, "default"),
-        "entropy coding": lambda: codec._pack(coded),
-        "entropy decoding and prior": lambda: codec._unpack(data),
-        "synthesis": lambda: codec._synthesise(decoded),
-        "write the picture": lambda: image.write(pixels, "PPM"),
-    }
-    return {name: statistics.median(seconds(call) for _ in range(repeat)) for name, call in parts.items()}
+    """Median seconds of each part of encode and decode, and of smaller pictures beside reducing the whole one."""
+    picture, data = image.load(source), file.read_bytes()
+    model = codec._model(codec.model)
+    grid = Grid(picture.width, picture.height, model.tile.stride)
+    requantised = codec._requantiser(picture)
+    with Reader(data) as reader:
+        decoding = codec._decoding(reader)
+        tiles = grid.tiles()
+        pieces = dict(enumerate(codec._each(model, grid, tiles, decoding._piece)))
+        size = picture.width // 8, picture.height // 8
+        parts: dict[str, Callable[[], object]] = {
+            "read the picture": lambda: image.load(source),
+            "analysis": lambda: codec._transformed(picture, grid),
+            "prior, quantisation, entropy coding": lambda: requantised(50, "default"),
+            "entropy decoding and prior": lambda: codec._each(model, grid, tiles, decoding._piece),
+            "synthesis": lambda: decoding._band(pieces, tiles, whole(reader.header), 1),
+            "write the picture": lambda: image.write(picture, "PPM"),
+            "decode at 1/8": lambda: codec.decode(data, scale=8),
+            "decode and reduce to 1/8": lambda: Image.fromarray(codec.decode(data)).resize(size, Image.Resampling.BOX),
+        }
+        return {name: statistics.median(seconds(call) for _ in range(repeat)) for name, call in parts.items()}
 
 
 def command(arguments: list[str | Path]) -> tuple[float, float]:

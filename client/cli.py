@@ -9,19 +9,25 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Unpack, cast, get_args
+from typing import Any, BinaryIO, Protocol, Unpack, cast, get_args
 
 import click
 
 from hourglass import codec
-from hourglass.codec import container, errors, image, metrics
+from hourglass.codec import container, errors, image, metrics, strips
 from hourglass.codec.runtime import DEFAULT_MODEL
 
 SUFFIX = ".hgc"
 STREAM = "-"
+
+LARGE = 1 << 24
+"""Pixels of a picture above which it goes from file to file a few rows at a time, where its format allows that."""
+
+LARGE_FILE = 1 << 20
+"""Bytes that a file of so many pixels has at least, unless it is nearly empty."""
 
 BAD_DATA = 1
 USAGE = 2
@@ -33,14 +39,18 @@ _HELP = """Compress pictures to .hgc files, or decode them.
   compress-image -q 70 -o archive/ *.png    many pictures, into a folder
   compress-image --target-size 40k a.png    the best picture in 40,000 bytes
   compress-image -d photo.hgc -o out.png    decodes; the suffix sets the format
-  compress-image -l photo.hgc               shows what is in a file
+  compress-image -d --region 0,0,512,512 photo.hgc -o corner.png
+  compress-image -d --scale 1/8 photo.hgc -o thumbnail.jpg
+  compress-image -l photo.hgc               checks a file and shows what is in it
   compress-image - < photo.jpg > photo.hgc  from stdin to stdout
 
 Inputs are never changed or deleted, and existing outputs are kept unless -f is given. INPUT and OUTPUT may be - for
 stdin and stdout; pictures on stdout are PNG.
 
-Exit status: 0 all done; 1 an input is bad, an output cannot be written, or the server gave no answer (other inputs are
-done all the same); 2 wrong usage.
+Orientation is applied; colour profile, EXIF, XMP, IPTC and alpha are kept. What cannot be kept is said in a warning.
+
+Exit status: 0 all done; 1 an input is bad (with --salvage: something of it is lost), an output cannot be written, or
+the server gave no answer (other inputs are done all the same); 2 wrong usage.
 """
 
 
@@ -48,7 +58,7 @@ class Coder(Protocol):
     """What the command needs of `Codec` and `Client` alike."""
 
     def encode(self, image: image.ImageSource, **settings: Unpack[codec.Settings]) -> bytes: ...
-    def decode(self, data: codec.FileSource) -> image.Pixels: ...
+    def decode_picture(self, data: codec.FileSource, **view: Unpack[codec.View]) -> codec.Picture: ...
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,18 @@ class Options:
     """What the flags say, beside the files."""
 
     settings: codec.Settings
+    view: codec.View
     force: bool
     metrics: bool
 
 
 @dataclass(frozen=True)
 class Report:
-    """One input's outcome; the fields of --json. bpp and ratio (to raw 24-bit pixels) are those of the .hgc file."""
+    """One input's outcome; the fields of --json. bpp and ratio (to raw pixels) are those of the .hgc file.
+
+    width, height: of the whole picture. lossless: whether it is stored without loss. damage: what could not be
+    salvaged.
+    """
 
     input: str
     output: str
@@ -73,9 +88,11 @@ class Report:
     bytes_out: int
     bpp: float
     ratio: float
+    lossless: bool
     psnr: float | None
     ms_ssim: float | None
     seconds: float
+    damage: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [
@@ -83,10 +100,37 @@ class Report:
             f"{self.bytes_in} -> {self.bytes_out} bytes",
             f"{self.ratio:.1f}:1",
             f"{self.bpp:.3f} bpp",
+            *["lossless"] * self.lossless,
         ]
         if self.psnr is not None and self.ms_ssim is not None:
             parts += [f"PSNR {self.psnr:.2f} dB", f"MS-SSIM {self.ms_ssim:.4f}"]
         return ", ".join([*parts, f"{self.seconds:.2f} s"])
+
+
+class _Region(click.ParamType[tuple[int, int, int, int]]):
+    """X,Y,WIDTH,HEIGHT."""
+
+    name = "X,Y,W,H"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int, int, int]:
+        try:
+            x, y, width, height = map(int, value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no region; expected X,Y,WIDTH,HEIGHT in pixels", param, ctx)
+        return x, y, width, height
+
+
+class _Scale(click.ParamType[int]):
+    """1/N, or N."""
+
+    name = "1/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if (text := str(value).removeprefix("1/")) not in map(str, codec.SCALES):
+            self.fail(f"{value!r} is no scale; expected one of 1/2, 1/4, 1/8", param, ctx)
+        return int(text)
 
 
 @click.command(help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
@@ -106,8 +150,15 @@ class Report:
     type=click.Choice(get_args(codec.Effort)),
     help="How hard to look for the smallest file.  [default: default]",
 )
+@click.option("--metadata", type=click.Choice(get_args(image.Keep)), help="What to keep of it.  [default: all]")
+@click.option("--srgb", is_flag=True, default=None, help="Convert colours to sRGB, and drop the profile.")
+@click.option("--frame", type=click.IntRange(0), metavar="N", help="Frame of an animation, page of a document, from 0.")
+@click.option("--no-fallback", "fallback", flag_value=False, default=None, help="Never store a picture losslessly.")
 @click.option("-d", "--decode", "action", flag_value="decode", help="Decode .hgc files; to .png unless -o says else.")
 @click.option("-l", "--list", "action", flag_value="list", help="Check .hgc files and show their headers.")
+@click.option("--region", type=_Region(), help="Decode this rectangle alone, in pixels.")
+@click.option("--scale", type=_Scale(), help="Decode at 1/2, 1/4 or 1/8 of the size.")
+@click.option("--salvage", is_flag=True, default=None, help="Decode what is not damaged, mark the rest, exit with 1.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite outputs; write binary data to a terminal.")
 @click.option("--metrics", is_flag=True, help="Also decode the file again and print its PSNR and MS-SSIM.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each input.")
@@ -125,11 +176,17 @@ def main(
     metrics: bool,
     **given: Any,
 ) -> None:
-    settings = cast("codec.Settings", {name: value for name, value in given.items() if value is not None})
-    chosen = Options(settings, force, metrics)
+    given = {name: value for name, value in given.items() if value is not None}
+    view = cast("codec.View", {name: given.pop(name) for name in codec.View.__annotations__ if name in given})
+    settings = cast("codec.Settings", given)
+    chosen = Options(settings, view, force, metrics)
     for name in ["metrics"] * metrics + list(settings):
         if action:
-            raise click.UsageError(f"--{name.replace('_', '-')} goes with encoding only")
+            flag = "no-fallback" if name == "fallback" else name.replace("_", "-")
+            raise click.UsageError(f"--{flag} goes with encoding only")
+    for name in view:
+        if action != "decode":
+            raise click.UsageError(f"--{name} goes with decoding, -d, only")
     if action == "list":
         if output is not None:
             raise click.UsageError("-l prints the header: it goes without -o")
@@ -204,6 +261,8 @@ def _each(targets: dict[str, str], work: Callable[[str, str], Any], as_json: boo
         else:
             for loss in (w for w in losses if issubclass(w.category, errors.LossWarning)):  # not Pillow's own
                 _complain(name, f"warning: {loss.message}", status)
+            for damage in getattr(report, "damage", []):
+                status = _complain(name, damage, max(status, BAD_DATA))
             text = json.dumps(asdict(report)) if as_json else str(report)
             click.echo(text, err=STREAM in targets.values())
     return status
@@ -216,44 +275,116 @@ def _complain(name: str, message: str, status: int) -> int:
 
 def _encode(coder: Coder, options: Options, name: str, target: str) -> Report:
     _check_target(name, target, options.force)
-    content = _read(name)
     started = time.perf_counter()
+    if (rows := _rows(coder, options, name, target)) is not None:
+        with rows, _whole(target) as file:
+            assert isinstance(coder, codec.Codec)
+            _warn(rows.losses)
+            coder.encode_strips(rows, file, **options.settings)
+        seconds, source = time.perf_counter() - started, Path(name).stat().st_size
+        return _report(name, target, target, (source, Path(target).stat().st_size), (None, None), seconds)
+    content = _read(name)
     data = coder.encode(content, **options.settings)
     seconds = time.perf_counter() - started
     psnr = ms_ssim = None
     if options.metrics:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", errors.LossWarning)  # said while encoding
-            original = image.read(content)
-        decoded = coder.decode(data)
-        psnr, ms_ssim = metrics.psnr(original, decoded), metrics.ms_ssim(original, decoded)
+        psnr, ms_ssim = _distortion(content, coder.decode_picture(data), options.settings)
     _write(target, data)
     return _report(name, target, data, (len(content), len(data)), (psnr, ms_ssim), seconds)
 
 
+def _rows(coder: Coder, options: Options, name: str, target: str) -> strips.Strips | None:
+    """The input, to be read a few rows at a time, if it is too large to be held in memory lightly and can be so
+    read.
+    """
+    aimed = any(goal in options.settings for goal in ("target_size", "target_bpp", "target_psnr", "srgb", "frame"))
+    if not isinstance(coder, codec.Codec) or STREAM in (name, target) or aimed or options.metrics:
+        return None
+    if Path(name).stat().st_size < LARGE_FILE:  # not worth loading libvips
+        return None
+    keep = options.settings.get("metadata", "all")
+    rows = strips.open_strips(name, coder.limits, keep=keep)
+    if rows is None or rows.width * rows.height > LARGE:
+        return rows
+    rows.close()
+    return None
+
+
+def _distortion(content: bytes, decoded: codec.Picture, settings: codec.Settings) -> tuple[float, float]:
+    """PSNR and MS-SSIM of what is seen: where there is alpha, of both pictures on white."""
+    keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
+    original = image.load(content, keep=keep, srgb=srgb, frame=frame)
+    pair = []
+    for picture in (original, decoded):
+        colour = picture.colour if picture.alpha is None else image.on_white(picture.colour, picture.alpha)
+        pair.append(colour if colour.ndim == 3 else colour[..., None].repeat(3, axis=2))
+    return metrics.psnr(*pair), metrics.ms_ssim(*pair)
+
+
 def _decode(coder: Coder, options: Options, name: str, target: str) -> Report:
     _check_target(name, target, options.force)
-    data = _read(name)
     started = time.perf_counter()
-    picture = image.write(coder.decode(data), _picture_format(target))
+    format = _picture_format(target)
+    if _is_streamed(coder, options, name, target, format):
+        assert isinstance(coder, codec.Codec)
+        header, metadata, rows = coder.decode_strips(name)
+        with _whole(target) as file:
+            grey = header.colour == container.GREY
+            writer = strips.StripWriter(file, format, header.width, header.height, grey, metadata)
+            for strip in rows:
+                writer.write(strip)
+            writer.close()
+        sizes = Path(name).stat().st_size, Path(target).stat().st_size
+        return _report(name, target, name, sizes, (None, None), time.perf_counter() - started)
+    data = _read(name)
+    decoded = coder.decode_picture(data, **options.view)
+    picture = image.write(decoded, format)
     seconds = time.perf_counter() - started
     _write(target, picture)
-    return _report(name, target, data, (len(data), len(picture)), (None, None), seconds)
+    report = _report(name, target, data, (len(data), len(picture)), (None, None), seconds)
+    return replace(report, damage=list(decoded.losses))
+
+
+def _is_streamed(coder: Coder, options: Options, name: str, target: str, format: str) -> bool:
+    """Whether a file is decoded a few rows at a time, because it is large and all that it asks for can be done so."""
+    if not isinstance(coder, codec.Codec) or STREAM in (name, target) or options.view:
+        return False
+    if format not in strips.STRIP_WRITABLE:
+        return False
+    header = container.read_header(name, coder.limits)
+    plain = not header.lossless and not header.numbers(container.ALPHA)
+    return plain and header.width * header.height > LARGE
+
+
+def _warn(losses: tuple[str, ...]) -> None:
+    for loss in losses:
+        warnings.warn(loss, errors.LossWarning, stacklevel=2)
 
 
 def _report(
     name: str,
     target: str,
-    data: bytes,
+    data: codec.FileSource,
     sizes: tuple[int, int],
     quality: tuple[float | None, float | None],
     seconds: float,
 ) -> Report:
     header = container.read_header(data)
-    bpp = metrics.bpp(len(data), header.width, header.height)
-    ratio = metrics.compression_ratio(len(data), header.width, header.height)
+    length = Path(data).stat().st_size if isinstance(data, str) else len(cast("bytes", data))
+    bpp = metrics.bpp(length, header.width, header.height)
+    ratio = metrics.compression_ratio(length, header.width, header.height)
     return Report(
-        name, target, header.model, header.width, header.height, *sizes, bpp, ratio, *quality, round(seconds, 4)
+        name,
+        target,
+        header.model,
+        header.width,
+        header.height,
+        *sizes,
+        bpp,
+        ratio,
+        header.lossless,
+        *quality,
+        round(seconds, 4),
     )
 
 
@@ -270,31 +401,56 @@ class Listing:
     bytes: int
     bpp: float
     ratio: float
-    sections: list[dict[str, int]]
+    grey: bool
+    lossless: bool
+    sections: list[dict[str, int | str]]
 
     def __str__(self) -> str:
+        how = "lossless" if self.lossless else f"quality {self.quality:g}, model {self.model}"
+        parts: dict[str, list[int]] = {}
+        for section in self.sections:
+            parts.setdefault(str(section["name"]), []).append(int(section["bytes"]))
+        shares = (f"{len(p)} x {name} {sum(p)}" if len(p) > 1 else f"{name} {sum(p)}" for name, p in parts.items())
         return (
-            f"{self.input}: {self.width}x{self.height}, quality {self.quality:g}, model {self.model}, "
-            f"{self.bytes} bytes, {self.ratio:.1f}:1, {self.bpp:.3f} bpp, format version {self.version}, "
-            f"{len(self.sections)} section{'s' if len(self.sections) > 1 else ''}"
+            f"{self.input}: {self.width}x{self.height}{' grey' * self.grey}, {how}, {self.bytes} bytes, "
+            f"{self.ratio:.1f}:1, {self.bpp:.3f} bpp, format version {self.version}, bytes of {', '.join(shares)}"
         )
 
 
+_NAMES = {
+    container.CODE: "code",
+    container.ALPHA: "alpha",
+    container.LOSSLESS: "picture",
+    container.ICC: "icc",
+    container.EXIF: "exif",
+    container.XMP: "xmp",
+    container.IPTC: "iptc",
+}
+
+
 def _list(name: str, _: str) -> Listing:
-    data = _read(name)
-    header, _sections = container.read(data)
-    return Listing(
-        name,
-        header.version,
-        header.model,
-        header.width,
-        header.height,
-        header.quality,
-        len(data),
-        metrics.bpp(len(data), header.width, header.height),
-        metrics.compression_ratio(len(data), header.width, header.height),
-        [{"kind": s.kind, "bytes": s.length, "crc32": s.crc} for s in header.sections],
-    )
+    with container.Reader(_read(name) if name == STREAM else name) as reader:
+        header = reader.header
+        reader.check_length()
+        for number in range(len(header.sections)):
+            reader.payload(number)
+        return Listing(
+            name,
+            header.version,
+            header.model,
+            header.width,
+            header.height,
+            header.quality,
+            reader.size,
+            metrics.bpp(reader.size, header.width, header.height),
+            metrics.compression_ratio(reader.size, header.width, header.height),
+            header.colour == container.GREY,
+            header.lossless,
+            [
+                {"kind": s.kind, "name": _NAMES.get(s.kind, "unknown"), "bytes": s.length, "crc32": s.crc}
+                for s in header.sections
+            ],
+        )
 
 
 def _picture_format(target: str) -> str:
@@ -319,7 +475,6 @@ def _check_target(name: str, target: str, force: bool) -> None:
 
 
 def _write(target: str, data: bytes) -> None:
-    """Whole or not at all: to a temporary file beside the target, then renamed."""
     if target == STREAM:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -328,12 +483,22 @@ def _write(target: str, data: bytes) -> None:
     if path.exists() and not path.is_file():  # a device or a pipe: to rename onto it would replace it
         path.write_bytes(data)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _whole(target) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _whole(target: str) -> Iterator[BinaryIO]:
+    """A file to write that appears whole or not at all: a temporary one beside the target, then renamed."""
+    path = Path(os.path.realpath(target))
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
         temporary.replace(path)
     except OSError as exc:
+        if exc.filename not in (None, str(temporary)):
+            raise
         raise OSError(exc.errno, f"cannot be written: {exc.strerror}", target) from exc
     finally:
         temporary.unlink(missing_ok=True)

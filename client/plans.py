@@ -11,7 +11,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -21,7 +21,20 @@ import numpy as np
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from hourglass.codec import Code, FileSource, ImageSource, ModelInfo, Pixels, Settings, errors, image, read_header
+from hourglass.codec import (
+    Code,
+    FileSource,
+    ImageSource,
+    Limits,
+    ModelInfo,
+    Picture,
+    Pixels,
+    Settings,
+    View,
+    errors,
+    image,
+    read_header,
+)
 from hourglass.v1 import codec_pb2 as pb
 from hourglass.v1 import convert
 
@@ -67,6 +80,9 @@ SERVICE = pb.DESCRIPTOR.services_by_name["CodecService"]
 
 Address: TypeAlias = "str | Sequence[str]"
 """HOST:PORT, or several of them; calls go round among all, and all that the names stand for."""
+
+_ANY = Limits(pixels=1 << 62)
+"""What a server sends has passed its own limits."""
 
 _FilePath: TypeAlias = "str | os.PathLike[str]"
 
@@ -206,8 +222,10 @@ class Planner:
         plan = self._encode(source, settings, "want_code")
         return plan.then(lambda answer: Told(convert.code_from_message(answer.code), tuple(answer.warnings)))
 
-    def decode(self, data: FileSource) -> Plan[Pixels]:
-        """The call that decodes a file."""
+    def decode(self, data: FileSource, view: View) -> Plan[Picture]:
+        """The call that decodes a file; what is damaged is in the picture's losses."""
+        request = pb.DecodeRequest()
+        convert.set_view(request, view)
         content = Path(data).read_bytes() if isinstance(data, (str, os.PathLike)) else bytes(data)
         try:
             header = read_header(content)
@@ -215,15 +233,16 @@ class Planner:
         except errors.HourglassError:
             pixels = 0  # the server says what is wrong with it
         if max(len(content), 3 * pixels) <= self._stream_above:
-            return _one("Decode", pb.DecodeRequest(file=content)).then(_picture)
-        return _decode_stream(content, is_code=False)
+            request.file = content
+            return _one("Decode", request).then(_picture)
+        return _decode_stream(request, content, is_code=False)
 
     def synthesise(self, code: Code) -> Plan[Pixels]:
         """The call that decodes a code."""
         message = convert.code_to_message(code)
         if max(message.ByteSize(), 3 * code.width * code.height) <= self._stream_above:
-            return _one("Decode", pb.DecodeRequest(code=message)).then(_picture)
-        return _decode_stream(message.SerializeToString(), is_code=True)
+            return _one("Decode", pb.DecodeRequest(code=message)).then(_picture).then(_pixels)
+        return _decode_stream(pb.DecodeRequest(), message.SerializeToString(), is_code=True).then(_pixels)
 
     def info(self) -> Plan[ServerInfo]:
         """The call that asks for models and limits."""
@@ -239,7 +258,11 @@ class Planner:
         elif isinstance(source, (bytes, bytearray, memoryview)):
             content = bytes(source)
         else:
-            pixels = image.read(source)
+            picture = image.load(source)
+            if picture.metadata.size:
+                content = image.write(picture, "PNG")
+            else:
+                pixels = picture.pixels
         convert.set_settings(request, settings, len(content) or None)
         size = len(content) if pixels is None else pixels.nbytes
         if size > self._stream_above:
@@ -259,8 +282,8 @@ def _one(method: str, request: Any) -> Plan[Any]:
     return Plan(method, lambda: iter([request]), next)
 
 
-def _decode_stream(content: bytes, *, is_code: bool) -> Plan[Pixels]:
-    start = pb.DecodeStart(request=pb.DecodeRequest(), is_code=is_code, total_bytes=len(content))
+def _decode_stream(request: pb.DecodeRequest, content: bytes, *, is_code: bool) -> Plan[Picture]:
+    start = pb.DecodeStart(request=request, is_code=is_code, total_bytes=len(content))
     data = memoryview(content)
     return Plan("DecodeStream", lambda: _parts(pb.DecodeStreamRequest, start, data), _decoded, streaming=True)
 
@@ -277,9 +300,9 @@ def _encoded(answers: Iterator[Any]) -> Any:
     return head.response
 
 
-def _decoded(answers: Iterator[Any]) -> Pixels:
+def _decoded(answers: Iterator[Any]) -> Picture:
     head = next(answers).answer
-    return convert.pixels_from_message(head.response.pixels, _joined(answers, head.total_bytes).data)
+    return _picture(head.response, _joined(answers, head.total_bytes).data)
 
 
 def _joined(answers: Iterator[Any], total: int) -> Pixels:
@@ -295,8 +318,14 @@ def _joined(answers: Iterator[Any], total: int) -> Pixels:
     return buffer
 
 
-def _picture(answer: Any) -> Pixels:
-    return convert.pixels_from_message(answer.pixels)
+def _picture(answer: Any, samples: memoryview | None = None) -> Picture:
+    pixels = convert.pixels_from_message(answer.pixels, samples)
+    metadata = convert.metadata_from_message(answer.metadata)
+    return replace(image.load(pixels, _ANY), metadata=metadata, losses=tuple(answer.damage))
+
+
+def _pixels(picture: Picture) -> Pixels:
+    return picture.pixels
 
 
 def _info(answer: Any) -> ServerInfo:

@@ -25,9 +25,10 @@ from hourglass.client.plans import (
     Route,
     ServerInfo,
     Tls,
+    Told,
     route,
 )
-from hourglass.codec import Code, FileSource, ImageSource, ModelInfo, Pixels, Settings, errors
+from hourglass.codec import Code, FileSource, ImageSource, ModelInfo, Picture, Pixels, Settings, View, errors
 from hourglass.v1 import codec_pb2 as pb
 
 __all__ = ["AsyncClient", "Client", "Encoded", "ServerInfo", "Tls"]
@@ -133,9 +134,14 @@ class Client(_Base):
         """A picture -> the bytes of a .hgc file; the same bytes as `Codec.encode`."""
         return self._run(self._plans.encode(image, settings)).aloud()
 
-    def decode(self, data: FileSource) -> Pixels:
-        """A .hgc file -> (H, W, 3) uint8; the same pixels as `Codec.decode`."""
-        return self._run(self._plans.decode(data))
+    def decode(self, data: FileSource, **view: Unpack[View]) -> Pixels:
+        """A .hgc file -> uint8 (H, W, 3) or what else it has; the same pixels as `Codec.decode`."""
+        picture = self._run(self._plans.decode(data, view))
+        return Told(picture.pixels, picture.losses).aloud()
+
+    def decode_picture(self, data: FileSource, **view: Unpack[View]) -> Picture:
+        """The same with the picture's metadata, as `Codec.decode_picture`."""
+        return self._run(self._plans.decode(data, view))
 
     def analyse(self, image: ImageSource, **settings: Unpack[Settings]) -> Code:
         """A picture -> its Code; the same integers as `Codec.analyse`."""
@@ -232,9 +238,14 @@ class AsyncClient(_Base):
         """See `Client.encode`."""
         return (await self._run(self._plans.encode(image, settings))).aloud()
 
-    async def decode(self, data: FileSource) -> Pixels:
+    async def decode(self, data: FileSource, **view: Unpack[View]) -> Pixels:
         """See `Client.decode`."""
-        return await self._run(self._plans.decode(data))
+        picture = await self._run(self._plans.decode(data, view))
+        return Told(picture.pixels, picture.losses).aloud()
+
+    async def decode_picture(self, data: FileSource, **view: Unpack[View]) -> Picture:
+        """See `Client.decode_picture`."""
+        return await self._run(self._plans.decode(data, view))
 
     async def analyse(self, image: ImageSource, **settings: Unpack[Settings]) -> Code:
         """See `Client.analyse`."""

@@ -18,26 +18,19 @@ if __name__ != "hourglass.codec":
     raise ImportError("import hourglass.codec, not codec")
 
 from hourglass.codec import errors, metrics
-from hourglass.codec.container import Header, Section
+from hourglass.codec.aim import parse_size
+from hourglass.codec.container import FileSource, Header, Section
 from hourglass.codec.errors import HourglassError
-from hourglass.codec.image import ImageSource, Pixels
+from hourglass.codec.image import ImageSource, Keep, Metadata, Picture, Pixels
 from hourglass.codec.limits import Limits
-from hourglass.codec.pipeline import (
-    DEFAULT_QUALITY,
-    Code,
-    Codec,
-    Distortion,
-    FileSource,
-    ModelInfo,
-    Settings,
-    check_settings,
-    parse_size,
-)
+from hourglass.codec.pipeline import Code, Codec, Distortion, ModelInfo
 from hourglass.codec.quantise import Effort
 from hourglass.codec.runtime import TensorRule
+from hourglass.codec.settings import DEFAULT_QUALITY, SCALES, Region, Settings, View, check_settings
 
 __all__ = [
     "DEFAULT_QUALITY",
+    "SCALES",
     "Code",
     "Codec",
     "Distortion",
@@ -46,12 +39,17 @@ __all__ = [
     "Header",
     "HourglassError",
     "ImageSource",
+    "Keep",
     "Limits",
+    "Metadata",
     "ModelInfo",
+    "Picture",
     "Pixels",
+    "Region",
     "Section",
     "Settings",
     "TensorRule",
+    "View",
     "check_settings",
     "decode",
     "encode",
@@ -72,9 +70,9 @@ def encode(image: ImageSource, **settings: Unpack[Settings]) -> bytes:
     return _default().encode(image, **settings)
 
 
-def decode(data: FileSource) -> Pixels:
-    """A .hgc file (bytes or path) -> (H, W, 3) uint8. See `Codec.decode`."""
-    return _default().decode(data)
+def decode(data: FileSource, **view: Unpack[View]) -> Pixels:
+    """A .hgc file (bytes or path) -> (H, W, 3) uint8, or what else its picture has. See `Codec.decode`."""
+    return _default().decode(data, **view)
 
 
 def read_header(data: FileSource) -> Header:

@@ -5,25 +5,50 @@ This module knows bytes and nothing of what the sections mean.
 
 from __future__ import annotations
 
+import io
+import os
 import struct
+import threading
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, TypeAlias
 
-from hourglass.codec.errors import ContainerError, CorruptError
+from hourglass.codec.errors import ContainerError, CorruptError, InvalidArgument, LimitError
 from hourglass.codec.limits import Limits
 
 MAGIC = b"\x89HGC"
-VERSION = 0
+VERSION = 1
 
 CODE = 1
 """Section kind: the entropy-coded code tensors of one tile; one section for each, in the order of the tiles."""
 
+ALPHA = 2
+"""The alpha of one tile; one section for each, in the order of the tiles, or none."""
+
+LOSSLESS = 3
+"""The whole picture in another codec's lossless format, in place of CODE and ALPHA."""
+
+ICC, EXIF, XMP, IPTC = 128, 129, 130, 131
+"""Metadata, deflated."""
+
 ANCILLARY = 128
 """Section kinds from here on may be skipped by a reader that does not know them."""
 
-_KNOWN = frozenset({CODE})
-_HEAD = struct.Struct("<4sBHIIHB")  # magic, version, sections, width, height, quality * 100, length of model id
+GREY, RGB = 1, 3
+"""Values of the header's `colour`."""
+
+FileSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview"
+"""The bytes of a .hgc file, or a path to one."""
+
+_REPEATED = (CODE, ALPHA)
+_KNOWN = frozenset({CODE, ALPHA, LOSSLESS})
+_HEAD = struct.Struct("<4sBBIIHIB")
+# magic, version, colour, width, height, quality * 100, sections, length of the model id
 _SECTION = struct.Struct("<BII")  # kind, length, CRC-32
 _CRC = struct.Struct("<I")
 
@@ -41,83 +66,234 @@ class Section:
 class Header:
     """What stands at the front of a .hgc file.
 
-    width, height: pixels. quality: 0 to 100 in steps of 0.01. length: bytes of the header itself.
+    model: empty when the picture is stored losslessly. colour: GREY or RGB. width, height: pixels. quality: 0 to 100 in
+    steps of 0.01. length: bytes of the header itself.
     """
 
     version: int
     model: str
+    colour: int
     width: int
     height: int
     quality: float
     sections: tuple[Section, ...]
     length: int
 
+    @property
+    def lossless(self) -> bool:
+        """Whether the picture is stored without loss, in another codec's format."""
+        return any(section.kind == LOSSLESS for section in self.sections)
 
-def write(model: str, width: int, height: int, quality: float, sections: Sequence[tuple[int, bytes]]) -> bytes:
+    def numbers(self, kind: int) -> list[int]:
+        """Places in `sections` of those of one kind, in order."""
+        return [number for number, section in enumerate(self.sections) if section.kind == kind]
+
+
+@dataclass(frozen=True)
+class Front:
+    """A header without its sections: what is known of a picture before it is coded."""
+
+    model: str
+    colour: int
+    width: int
+    height: int
+    quality: float
+
+    def pack(self, sections: Sequence[Section]) -> bytes:
+        name = self.model.encode("ascii")
+        quality = round(self.quality * 100)
+        head = _HEAD.pack(MAGIC, VERSION, self.colour, self.width, self.height, quality, len(sections), len(name))
+        table = (_SECTION.pack(section.kind, section.length, section.crc) for section in sections)
+        data = b"".join([head, name, *table])
+        return data + _CRC.pack(zlib.crc32(data))
+
+
+def write(front: Front, sections: Sequence[tuple[int, bytes]]) -> bytes:
     """A whole file from its sections, (kind, payload), in the order given."""
-    name = model.encode("ascii")
-    parts = [_HEAD.pack(MAGIC, VERSION, len(sections), width, height, round(quality * 100), len(name)), name]
-    parts += [_SECTION.pack(kind, len(data), zlib.crc32(data)) for kind, data in sections]
-    head = b"".join(parts)
-    return b"".join([head, _CRC.pack(zlib.crc32(head)), *(data for _, data in sections)])
+    table = [Section(kind, len(data), zlib.crc32(data)) for kind, data in sections]
+    return b"".join([front.pack(table), *(data for _, data in sections)])
 
 
-def read_header(data: bytes | memoryview, limits: Limits | None = None) -> Header:
-    """Parse and check the header; the sections themselves may be missing or damaged.
+class Writer:
+    """A file written section by section, of which only the table is kept: the header is filled in at the end.
 
-    Raises `ContainerError` (no .hgc file, unknown version), `CorruptError` (truncated, checksum) and `LimitError`.
+    file: a seekable binary file. count: how many sections there will be.
     """
-    limits = limits or Limits()
+
+    def __init__(self, file: BinaryIO, front: Front, count: int) -> None:
+        self._file, self._front, self._count = file, front, count
+        self._table: list[Section] = []
+        self.length = len(front.pack([Section(CODE, 0, 0)] * count))
+        file.seek(self.length)
+
+    def add(self, kind: int, data: bytes) -> None:
+        self._table.append(Section(kind, len(data), zlib.crc32(data)))
+        self._file.write(data)
+        self.length += len(data)
+
+    def finish(self) -> None:
+        if len(self._table) != self._count:
+            raise AssertionError(f"{len(self._table)} sections were written; {self._count} were announced")
+        self._file.seek(0)
+        self._file.write(self._front.pack(self._table))
+
+
+@dataclass
+class Reader:
+    """A file's header, and its sections one by one as they are asked for.
+
+    Raises `ContainerError` (no .hgc file, unknown version), `CorruptError` (truncated, checksum), `LimitError` and
+    `OSError`.
+    """
+
+    source: FileSource
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        self._file: BinaryIO | None = None
+        self._lock = threading.Lock()
+        if isinstance(self.source, (str, os.PathLike)):
+            self._file = Path(self.source).open("rb")  # noqa: SIM115  # closed by `close`
+            if not self._file.seekable():
+                data = self._file.read(self.limits.file_bytes + 1)
+                self._file.close()
+                self._file = io.BytesIO(data)
+            self.size = self._file.seek(0, io.SEEK_END)
+        elif isinstance(self.source, (bytes, bytearray, memoryview)):
+            view = memoryview(self.source)
+            self._view = view.cast("B") if view.contiguous else memoryview(bytes(view))
+            self.size = len(self._view)
+        else:
+            raise InvalidArgument(
+                f"data is a {type(self.source).__name__}; expected the bytes of a .hgc file or a path"
+            )
+        try:
+            self.limits.check_bytes(self.size)
+            self.header = _parse(self._read, self.limits)
+        except BaseException:
+            self.close()
+            raise
+        self._begins = list(accumulate((s.length for s in self.header.sections), initial=self.header.length))
+
+    def check_length(self) -> None:
+        """Raise `CorruptError` when bytes are missing or left over."""
+        expected = self._begins[-1]
+        if self.size != expected:
+            what = "it was cut short" if self.size < expected else "something was appended"
+            raise CorruptError(f"file has {self.size} bytes, its header says {expected}; {what}")
+
+    def payload(self, number: int) -> memoryview:
+        """The bytes of a section, checked. Raises `CorruptError`."""
+        section = self.header.sections[number]
+        payload = self._read(self._begins[number], section.length)
+        if len(payload) < section.length:
+            raise CorruptError(f"file ends after {self.size} bytes, inside section {number}; it was cut short")
+        _check(payload, section.crc, f"section {number} of kind {section.kind}")
+        return payload
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self, begin: int, length: int) -> memoryview:
+        if self._file is None:
+            return self._view[begin : begin + length]
+        with self._lock:
+            self._file.seek(begin)
+            return memoryview(self._file.read(length))
+
+
+def read_header(data: FileSource, limits: Limits | None = None) -> Header:
+    """Parse and check the header; the sections themselves may be missing or damaged. Raises as `Reader`."""
+    with Reader(data, limits or Limits()) as reader:
+        return reader.header
+
+
+def read(data: FileSource, limits: Limits | None = None) -> tuple[Header, list[memoryview]]:
+    """Parse a whole file: its header, and the payload of each section with every length and checksum verified.
+
+    Raises as `Reader`, and `CorruptError` when bytes are missing, left over or changed.
+    """
+    with Reader(data, limits or Limits()) as reader:
+        reader.check_length()
+        return reader.header, [reader.payload(number) for number in range(len(reader.header.sections))]
+
+
+def deflate(data: bytes) -> bytes:
+    """What the sections of metadata hold: the length as 4 bytes, then a zlib stream."""
+    return _CRC.pack(len(data)) + zlib.compress(data, 9)
+
+
+def inflate(payload: memoryview, most: int) -> bytes:
+    """Inverse of `deflate`, to at most `most` bytes. Raises `CorruptError`, `LimitError`."""
+    if len(payload) < _CRC.size:
+        raise CorruptError(f"metadata section has {len(payload)} bytes; expected {_CRC.size} or more")
+    (length,) = _CRC.unpack_from(payload)
+    if length > most:
+        raise LimitError(f"metadata has {length} bytes; there is room for {most} (Limits.metadata_bytes)")
+    stream = zlib.decompressobj()
+    try:
+        data = stream.decompress(payload[_CRC.size :], length + 1)
+    except zlib.error as exc:
+        raise CorruptError(f"metadata cannot be inflated: {exc}") from exc
+    if len(data) != length or not stream.eof or stream.unused_data:
+        raise CorruptError(f"metadata inflates to {len(data)} bytes or more; its section says {length}")
+    return data
+
+
+def _parse(read: Callable[[int, int], memoryview], limits: Limits) -> Header:
+    data = read(0, _HEAD.size)
     magic = bytes(data[: len(MAGIC)])
     if magic != MAGIC[: len(magic)] or not magic:
         raise ContainerError(f"not a .hgc file: it begins with {magic!r}, expected {MAGIC!r}")
+    if len(data) > len(MAGIC) and data[len(MAGIC)] != VERSION:
+        found = data[len(MAGIC)]
+        raise ContainerError(f"file has format version {found}; this release reads version {VERSION}; upgrade it")
     if len(data) < _HEAD.size:
         raise CorruptError(f"file ends after {len(data)} bytes, inside its header; it was cut short")
-    _, version, count, width, height, quality, name_length = _HEAD.unpack_from(data)
-    if version != VERSION:
-        raise ContainerError(f"file has format version {version}; this release reads version {VERSION}; upgrade it")
+    _, version, colour, width, height, quality, count, name_length = _HEAD.unpack(data)
+    if count > limits.sections:
+        raise LimitError(f"file has {count} sections; the limit is {limits.sections} (Limits.sections)")
     table = _HEAD.size + name_length
     end = table + count * _SECTION.size
+    data = read(0, end + _CRC.size)
     if len(data) < end + _CRC.size:
         raise CorruptError(f"file ends after {len(data)} bytes, inside its header; it was cut short")
-    _check(bytes(data[:end]), _CRC.unpack_from(data, end)[0], "header")
+    _check(data[:end], _CRC.unpack_from(data, end)[0], "header")
     name = bytes(data[_HEAD.size : table])
-    if not name or not all(33 <= byte < 127 for byte in name):
+    if not all(33 <= byte < 127 for byte in name):
         raise ContainerError(f"model id is {name!r}; expected visible ASCII characters")
-    if not width or not height or quality > 10_000:
-        raise ContainerError(f"header says {width}x{height} pixels at quality {quality / 100}; no encoder writes that")
-    limits.check_size(width, height)
-    sections = tuple(Section(*_SECTION.unpack_from(data, table + i * _SECTION.size)) for i in range(count))
-    kinds = [section.kind for section in sections]
-    unknown = [kind for kind in kinds if kind < ANCILLARY and kind not in _KNOWN]
-    others = [kind for kind in kinds if kind != CODE]
-    if unknown or len(set(others)) < len(others) or CODE not in kinds:
-        found = ", ".join(map(str, sorted(set(kinds)))) or "none"
+    if not width or not height or quality > 10_000 or colour not in (GREY, RGB):
         raise ContainerError(
-            f"file has sections of kinds {found}; expected kind {CODE}, none other that is unknown or twice"
+            f"header says {width}x{height} pixels of colour {colour} at quality {quality / 100}; no encoder writes that"
         )
-    return Header(version, name.decode("ascii"), width, height, quality / 100, sections, end + _CRC.size)
+    limits.check_side(width, height)
+    sections = tuple(Section(*entry) for entry in _SECTION.iter_unpack(data[table:end]))
+    _check_kinds(Counter(section.kind for section in sections), bool(name))
+    return Header(version, name.decode("ascii"), colour, width, height, quality / 100, sections, end + _CRC.size)
 
 
-def read(data: bytes | memoryview, limits: Limits | None = None) -> tuple[Header, list[memoryview]]:
-    """Parse a whole file: its header, and the payload of each section with every length and checksum verified.
-
-    Raises what `read_header` raises, and `CorruptError` when bytes are missing, left over or changed.
-    """
-    limits = limits or Limits()
-    limits.check_bytes(len(data))
-    header = read_header(data, limits)
-    expected = header.length + sum(section.length for section in header.sections)
-    if len(data) != expected:
-        what = "it was cut short" if len(data) < expected else "something was appended"
-        raise CorruptError(f"file has {len(data)} bytes, its header says {expected}; {what}")
-    view, begin, payloads = memoryview(data), header.length, []
-    for number, section in enumerate(header.sections):
-        payload = view[begin : begin + section.length]
-        begin += section.length
-        _check(payload, section.crc, f"section {number} of kind {section.kind}")
-        payloads.append(payload)
-    return header, payloads
+def _check_kinds(kinds: Counter[int], has_model: bool) -> None:
+    """A file has tiles of one model, or one picture without loss; and each other thing once at most."""
+    unknown = [kind for kind in kinds if kind < ANCILLARY and kind not in _KNOWN]
+    twice = [kind for kind, count in kinds.items() if count > 1 and kind not in _REPEATED]
+    coded = has_model and kinds[CODE] and kinds[ALPHA] in (0, kinds[CODE]) and not kinds[LOSSLESS]
+    lossless = not has_model and kinds[LOSSLESS] and not kinds[CODE] and not kinds[ALPHA]
+    if unknown or twice or not (coded or lossless):
+        found = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())) or "none"
+        raise ContainerError(
+            f"file {'with' if has_model else 'without'} a model has sections of kinds {found}; expected {CODE} for "
+            f"each tile, with or without as many {ALPHA}, or one {LOSSLESS} and no model, and no other kind that is "
+            "unknown or twice"
+        )
 
 
 def _check(data: bytes | memoryview, crc: int, what: str) -> None:

@@ -1,37 +1,72 @@
-"""Image files <-> (H, W, 3) uint8 sRGB pixels. The only user of Pillow.
+"""Image files <-> pixels with what they mean. With `reader` and `strips` the only user of Pillow.
 
-What a picture has beside its pixels is handled here, once: EXIF orientation is applied, an ICC profile is converted
-to sRGB, 16-bit samples are scaled to 8, grey becomes three equal channels, transparency is put on white. When
-something is lost on the way a `LossWarning` says what.
+What a picture has beside its pixels is handled here, once:
+
+- EXIF orientation (or XMP's, where EXIF has none) is applied, and the tag reset to 1.
+- An ICC profile is kept and the pixels stay in its space, or they are converted to sRGB on request.
+- EXIF, XMP and IPTC are kept. Resolution and free text comments are not, and are no loss that is reported.
+- Grey stays grey: 1-bit, 8-bit, 16-bit, float, and palettes of which only greys are used.
+- 16-bit grey is rounded to 8 bits; of 16-bit colour (and of grey with alpha) the upper 8 bits are kept. 32-bit
+  integers are taken as 0 to 65535; floats as 0 to 1, or as 0 to 255 where one is above 1.
+- CMYK and LAB become sRGB, through the profile where there is one; YCbCr and HSV become RGB.
+- Alpha is kept; premultiplied colour is divided by it. A colour key (tRNS) becomes alpha.
+- A PNG's gAMA, cHRM and cICP are not applied: where they are not those of sRGB, a loss says so.
+- One frame of an animation or a multi-page file is read.
+
+When something is lost on the way, a sentence in `Picture.losses` says what.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec.errors import ImageError, InvalidArgument, LimitError, LossWarning
+from hourglass.codec.errors import InvalidArgument, LossWarning
 from hourglass.codec.limits import Limits
+from hourglass.codec.metadata import KINDS, Keep, Metadata, Picture, Pixels, drop_orientation, reset_exif
+from hourglass.codec.reader import (
+    BAND_PIXELS,
+    IPTC_RESOURCE,
+    IPTC_TAG,
+    READABLE,
+    XMP_TAG,
+    Reader,
+    bands,
+    describing,
+    or_none,
+    quiet,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Pixels: TypeAlias = NDArray[np.uint8]
-"""(H, W, 3) uint8, sRGB."""
+__all__ = [
+    "READABLE",
+    "SUFFIXES",
+    "WRITABLE",
+    "ImageSource",
+    "Keep",
+    "Metadata",
+    "Picture",
+    "Pixels",
+    "format_of",
+    "list_pictures",
+    "load",
+    "on_white",
+    "read",
+    "write",
+]
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8]"
-"""A path, the bytes of an image file, a PIL image, or an array (H, W, 3) or (H, W) uint8."""
-
-READABLE = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
-"""Formats that are read; Pillow's other plug-ins are never tried on a user's bytes."""
+"""A path, the bytes of an image file, a PIL image, or an array (H, W) or (H, W, 1 to 4) uint8."""
 
 WRITABLE = {
     ".png": "PNG",
@@ -42,51 +77,108 @@ WRITABLE = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
     ".ppm": "PPM",
+    ".pgm": "PPM",
     ".bmp": "BMP",
 }
-"""File name suffix -> Pillow format, for pictures written."""
+"""File name suffix -> Pillow format, for pictures written. A grey picture is a PGM whatever the suffix."""
 
 SUFFIXES = (*WRITABLE, ".gif")
 """Suffixes of the files that are taken for pictures when a folder is searched."""
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
-    "WEBP": {"lossless": True},
+    "WEBP": {"lossless": True, "exact": True},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+}
+HOLDS = {
+    "PNG": {"alpha", "icc", "exif", "xmp"},
+    "JPEG": {"icc", "exif", "xmp", "iptc"},
+    "WEBP": {"alpha", "icc", "exif", "xmp"},
+    "AVIF": {"alpha", "icc", "exif", "xmp"},
+    "TIFF": {"alpha", "icc", "exif", "xmp", "iptc"},
+    "PPM": set[str](),
+    "BMP": set[str](),
+}
+
+_JPEG_SEGMENT = 65535 - 2
+_ROOM = {
+    "JPEG": {"exif": _JPEG_SEGMENT - 6, "xmp": _JPEG_SEGMENT - 29, "iptc": _JPEG_SEGMENT - 28, "icc": 255 * 65519},
+    "PNG": {"icc": 1 << 20},  # Pillow reads no more
 }
 
 
-def read(source: ImageSource, limits: Limits | None = None) -> Pixels:
-    """Decode `source` to (H, W, 3) uint8 sRGB, with a `LossWarning` for each thing that is not kept.
+def read(source: ImageSource, limits: Limits | None = None) -> NDArray[np.uint8]:
+    """Decode `source` to (H, W, 3) uint8 sRGB: grey is repeated, alpha put on white, metadata dropped.
 
-    Raises `ImageError` (no readable picture), `LimitError` (more pixels than `limits` allow, found before they
-    are decoded), `InvalidArgument` (an array of another shape or type) and `OSError` (the path cannot be opened).
+    For training, metrics and benches. Warns with a `LossWarning` for each thing that is not kept; raises what
+    `load` does.
     """
-    pixels, losses = load(source, limits)
+    picture = load(source, limits, keep="none")
+    losses = [*picture.losses]
+    colour = picture.colour
+    if picture.alpha is not None:
+        losses.append(f"{name_of(source)} has transparent parts; they are put on white")
+        colour = on_white(colour, picture.alpha)
     for loss in losses:
         warnings.warn(loss, LossWarning, stacklevel=2)
-    return pixels
+    return np.repeat(colour[:, :, None], 3, axis=2) if picture.grey else colour
 
 
-def load(source: ImageSource, limits: Limits | None = None) -> tuple[Pixels, list[str]]:
-    """What `read` does, with the losses as a list: warnings are no way to pass them on from a thread."""
+def load(
+    source: ImageSource,
+    limits: Limits | None = None,
+    *,
+    keep: Keep = "all",
+    srgb: bool = False,
+    frame: int | None = None,
+) -> Picture:
+    """Decode `source`, keep what it means, and say in `losses` what could not be kept.
+
+    `keep="none"` drops all metadata and so converts the colours to sRGB; `keep="icc"` keeps the profile only.
+    `srgb=True` converts to sRGB and drops the profile. `frame` picks a frame of an animation or a page of a TIFF
+    from 0; without it the first is used, and a loss says that there are more. The pixels of an array are not copied
+    where they need not be.
+
+    Raises `ImageError` (no readable picture), `LimitError` (more pixels or metadata than `limits` allow, found
+    before they are decoded), `InvalidArgument` (an array of another shape or type, a frame that is not there) and
+    `OSError` (the path cannot be opened).
+    """
     limits = limits or Limits()
+    if keep not in get_args(Keep):
+        raise InvalidArgument(f"keep is {keep!r}; expected one of {', '.join(get_args(Keep))}")
+    if frame is not None and frame < 0:
+        raise InvalidArgument(f"frame is {frame}; expected a number from 0")
+    reader = Reader(name_of(source), limits, keep, srgb or keep == "none", frame)
     if isinstance(source, np.ndarray):
-        return _from_array(source, limits), []
+        reader.choose_frame(1)
+        return _from_array(source, limits)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_file(io.BytesIO(source), limits, f"image data ({len(source)} bytes)")
+        return reader.from_file(io.BytesIO(source))
     if isinstance(source, (str, os.PathLike)):
         with Path(source).open("rb") as file:
-            return _from_file(file, limits, os.fspath(source))
+            return reader.from_file(file)
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        losses: list[str] = []
-        with _pillow_errors("PIL image"):
-            return _from_pillow(source, limits, "PIL image", losses), losses
+        at = source.tell()
+        try:
+            return reader.from_pillow(source)
+        finally:
+            source.seek(at)
     raise InvalidArgument(
         f"image is a {type(source).__name__}; expected a path, the bytes of an image file, a PIL image or a numpy array"
     )
+
+
+def on_white(colour: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Put (H, W) or (H, W, 3) uint8 with (H, W) uint8 alpha on white; the shape of `colour` comes back."""
+    out = np.empty_like(colour)
+    rows = max(1, BAND_PIXELS // colour.shape[1])
+    for y in range(0, len(colour), rows):
+        a = alpha[y : y + rows].astype(np.uint32)
+        a = a if colour.ndim == 2 else a[:, :, None]
+        out[y : y + rows] = (colour[y : y + rows] * a + 255 * (255 - a) + 127) // 255
+    return out
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -105,113 +197,128 @@ def format_of(path: str | os.PathLike[str]) -> str:
     return WRITABLE[suffix]
 
 
-def write(pixels: Pixels, format: str) -> bytes:
-    """Encode (H, W, 3) uint8 as the bytes of an image file; `format` is a value of `WRITABLE`.
+def write(picture: Picture | Pixels, format: str) -> bytes:
+    """Encode a picture as the bytes of an image file; `format` is a value of `WRITABLE`.
 
     PNG, WebP, TIFF, PPM and BMP are lossless; JPEG and AVIF are written at quality 95 without chroma subsampling.
-    Raises `InvalidArgument` for an unknown format or a picture too large for it.
+    Grey stays grey but for WebP, which has none. Warns with a `LossWarning` when the format cannot hold alpha (it
+    is put on white) or a kind of metadata. Raises `InvalidArgument` for an unknown format, an array of another
+    shape, or a picture too large for the format.
     """
     from PIL import Image
 
-    if format not in WRITABLE.values():
-        raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(set(WRITABLE.values())))}")
+    if format not in HOLDS:
+        raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(HOLDS))}")
+    if not isinstance(picture, Picture):
+        picture = _from_array(picture, Limits(pixels=1 << 62))
+    if picture.grey and picture.metadata.icc and (format == "WEBP" or (format == "AVIF" and picture.alpha is not None)):
+        picture = _grey_in_srgb(picture)  # it is written as RGB, which a grey profile does not fit
+    with quiet():
+        metadata, losses = _fitting(picture.metadata, format)
+    pixels = picture.pixels
+    if picture.alpha is not None and "alpha" not in HOLDS[format]:
+        losses.append(f"{format} holds no transparency; it is put on white")
+        pixels = on_white(picture.colour, picture.alpha)
+    for loss in losses:
+        warnings.warn(loss, LossWarning, stacklevel=2)
     out = io.BytesIO()
     try:
-        Image.fromarray(pixels).save(out, format, **_OPTIONS.get(format, {}))
-    except (OSError, ValueError) as exc:
-        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        with quiet():
+            options = {**_OPTIONS.get(format, {}), **_save_options(metadata, format)}
+            if format == "AVIF" and pixels.ndim == 2:
+                options["subsampling"] = "4:0:0"
+            Image.fromarray(pixels).save(out, format, **options)
+    except (OSError, ValueError, MemoryError) as exc:
+        size = f"{picture.width}x{picture.height}"
         raise InvalidArgument(f"a picture of {size} pixels cannot be written as {format}: {exc}") from exc
     return out.getvalue()
 
 
-def _from_array(array: NDArray[Any], limits: Limits) -> Pixels:
-    grey = array.ndim == 2
-    if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] == 3)) or 0 in array.shape:
-        raise InvalidArgument(
-            f"image is an array {array.shape} {array.dtype}; expected (H, W, 3) or (H, W) uint8, not empty"
-        )
-    limits.check_size(array.shape[1], array.shape[0])
-    return np.repeat(array[:, :, None], 3, axis=2) if grey else np.ascontiguousarray(array)
-
-
-@contextmanager
-def _pillow_errors(name: str) -> Iterator[None]:
-    """Pillow's plug-ins raise whatever a broken file makes them stumble over; here it becomes ours."""
+def _grey_in_srgb(picture: Picture) -> Picture:
     from PIL import Image
 
-    try:
-        yield
-    except (ImageError, LimitError):
-        raise
-    except Image.DecompressionBombError as exc:
-        raise LimitError(f"{name} claims more pixels than are ever decoded: {exc}") from exc
-    except Exception as exc:
-        reason = str(exc) or type(exc).__name__
-        raise ImageError(f"{name} cannot be decoded as a picture: {reason}") from exc
+    transform, _ = Reader("the picture", Limits(), "none", True, None).transform(picture.metadata.icc, "L")
+    colour = picture.colour
+    if transform is not None:
+        parts = [np.asarray(transform(part))[:, :, 1] for part in bands(Image.fromarray(colour))]
+        colour = np.concatenate(parts)
+    return replace(picture, colour=colour, metadata=replace(picture.metadata, icc=b""))
 
 
-def _from_file(file: IO[bytes], limits: Limits, name: str) -> tuple[Pixels, list[str]]:
-    from PIL import Image, UnidentifiedImageError
+def _fitting(metadata: Metadata, format: str) -> tuple[Metadata, list[str]]:
+    """What of `metadata` the format can hold, and a sentence for each kind that it cannot."""
 
-    losses: list[str] = []
-    with _pillow_errors(name):
+    kept, losses = {}, []
+    for kind, label in KINDS.items():
+        content: bytes = getattr(metadata, kind)
+        if not content:
+            continue
+        if kind not in HOLDS[format]:
+            losses.append(f"{format} holds no {label}; {len(content)} bytes are dropped")
+        elif len(content) > (room := _ROOM.get(format, {}).get(kind, len(content))):
+            losses.append(f"{format} holds {room} bytes of {label}; {len(content)} bytes are dropped")
+        else:
+            kept[kind] = content
+    if "exif" in kept and format in ("AVIF", "TIFF"):  # there Pillow parses it, or writes it anew
         try:
-            opened = Image.open(file, formats=READABLE)
-        except UnidentifiedImageError as exc:
-            raise ImageError(f"{name} is of no known picture format ({', '.join(READABLE)})") from exc
-        with opened:
-            return _from_pillow(opened, limits, name, losses), losses
+            _, exif = reset_exif(kept["exif"])
+            if format == "AVIF":
+                kept["exif"] = drop_orientation(exif)
+            describing(_parsed(kept["exif"])).tobytes()
+        except Exception as exc:
+            del kept["exif"]
+            losses.append(f"EXIF cannot be written as {format} ({exc}); it is dropped")
+    return Metadata(**kept), losses
 
 
-def _from_pillow(opened: Image.Image, limits: Limits, name: str, losses: list[str]) -> Pixels:
-    from PIL import ImageOps
+def _parsed(exif: bytes) -> Image.Exif:
+    from PIL import Image
 
-    limits.check_size(*opened.size)
-    # A phone's JPEG may hold a second picture (MPO: preview, depth); that is no animation.
-    frames = getattr(opened, "n_frames", 1) if opened.format not in ("JPEG", "MPO") else 1
-    if frames > 1:
-        losses.append(f"{name} has {frames} frames; only the first is used")
-    picture = ImageOps.exif_transpose(opened)
-    if picture.mode.startswith(("I", "F")):
-        return _from_deep(picture, name, losses)
-    profile = picture.info.get("icc_profile")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        if picture.getchannel("A").getextrema() != (255, 255):
-            losses.append(f"{name} has transparent parts; they are put on white")
-            white = picture.copy()
-            white.paste((255, 255, 255, 255), (0, 0, *picture.size))
-            white.alpha_composite(picture)
-            picture = white
-    if profile:
-        picture = _to_srgb(picture, profile, name, losses)
-    return np.asarray(picture.convert("RGB"))
+    tags = Image.Exif()
+    if exif:
+        tags.load(exif)
+    return tags
 
 
-def _from_deep(picture: Image.Image, name: str, losses: list[str]) -> Pixels:
-    """16-bit, 32-bit and float greys -> (H, W, 3) uint8. Pillow's own conversion would clip them at 255."""
-    values = np.asarray(picture).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ImageError(f"{name} has samples that are not finite numbers")
-    highest = 65535.0 if picture.mode != "F" else 1.0 if values.max() <= 1.0 else 255.0
-    scale = 255.0 / highest
-    if values.min() < 0 or values.max() * scale > 255.5:
-        raise ImageError(f"{name} has samples from {values.min():g} to {values.max():g}; expected 0 to {highest:g}")
-    losses.append(f"{name} has {picture.mode} samples; they are reduced to 8 bits")
-    grey = np.floor(values * scale + 0.5).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
+def _save_options(metadata: Metadata, format: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if metadata.icc:
+        options["icc_profile"] = metadata.icc
+    if metadata.exif:
+        options["exif"] = b"Exif\0\0" + metadata.exif
+    if metadata.xmp and format in ("JPEG", "WEBP", "AVIF"):
+        options["xmp"] = metadata.xmp
+    if metadata.xmp and format == "PNG":
+        from PIL import PngImagePlugin
+
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + metadata.xmp)
+    if metadata.iptc and format == "JPEG":
+        resource = b"8BIM" + struct.pack(">HHL", IPTC_RESOURCE, 0, len(metadata.iptc)) + metadata.iptc
+        segment = b"Photoshop 3.0\0" + resource + bytes(len(resource) & 1)
+        options["extra"] = b"\xff\xed" + struct.pack(">H", len(segment) + 2) + segment
+    if format == "TIFF" and metadata.size > len(metadata.icc):
+        tags = options["exif"] = describing(_parsed(metadata.exif))
+        tags.update({tag: part for tag, part in ((XMP_TAG, metadata.xmp), (IPTC_TAG, metadata.iptc)) if part})
+    return options
 
 
-def _to_srgb(picture: Image.Image, profile: bytes, name: str, losses: list[str]) -> Image.Image:
-    from PIL import ImageCms
+def name_of(source: object) -> str:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"image data ({len(source)} bytes)"
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return "numpy array" if isinstance(source, np.ndarray) else "PIL image"
 
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return picture
-        base = picture.convert("RGB") if picture.mode in ("RGBA", "P", "LA", "PA") else picture
-        converted = ImageCms.profileToProfile(base, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError) as exc:
-        losses.append(f"{name} has an ICC profile that cannot be used ({exc}); its colours are taken as sRGB")
-        return picture
-    return picture if converted is None else converted
+
+def _from_array(array: NDArray[Any], limits: Limits) -> Picture:
+    channels = 1 if array.ndim == 2 else array.shape[2] if array.ndim == 3 else 0
+    if array.dtype != np.uint8 or channels not in (1, 2, 3, 4) or 0 in array.shape:
+        raise InvalidArgument(
+            f"image is an array {array.shape} {array.dtype}; expected (H, W) or (H, W, 1 to 4) uint8, not empty"
+        )
+    limits.check_size(array.shape[1], array.shape[0])
+    layers = array.reshape(*array.shape[:2], channels)
+    colour = np.ascontiguousarray(layers[:, :, :3] if channels > 2 else layers[:, :, 0])
+    alpha = np.ascontiguousarray(layers[:, :, -1]) if channels in (2, 4) else None
+    return Picture(colour, or_none(alpha))

@@ -3,83 +3,64 @@
 encode = analyse + pack          image -> pixels -> latent -> Code -> bytes
 decode = unpack + synthesise     bytes -> Code -> latent -> pixels
 
-A picture is worked on in tiles, several at a time. Each is quantised and coded by itself; the transforms look a
-little beyond its edges, so that no seam shows.
+A picture is worked on in bands of tiles, several tiles at a time, so that of a large one only a band is in memory
+beside the pixels, and not even these when it goes from file to file.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-import numbers
 import os
-import struct
 import threading
-import zlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack, get_args
+from typing import Any, BinaryIO, TypeVar, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import container, entropy, image, metrics, prior, runtime
-from hourglass.codec.container import Header
-from hourglass.codec.errors import Cancelled, CodeError, ContainerError, CorruptError, InvalidArgument
-from hourglass.codec.image import ImageSource, Pixels
+from hourglass.codec import container, image, lossless, metrics, runtime
+from hourglass.codec.aim import Attempt, aim, parse_size
+from hourglass.codec.container import FileSource, Front, Header, Reader, Writer
+from hourglass.codec.decoding import KINDS, Decoding, as_colour, metadata_of, unstored, whole
+from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LossWarning
+from hourglass.codec.image import ImageSource, Metadata, Picture, Pixels
 from hourglass.codec.limits import Limits
-from hourglass.codec.quantise import (
-    Analysed,
-    Effort,
-    Part,
-    Symbols,
-    dequantise,
-    hyper_tables,
-    narrow,
-    quantise,
-    widen,
+from hourglass.codec.quantise import Analysed, Effort, Symbols, quantise, widen
+from hourglass.codec.settings import (
+    GOALS,
+    Settings,
+    View,
+    check_quality,
+    check_settings,
+    check_view,
+    is_aimed,
+    quality_of,
 )
-
-DEFAULT_QUALITY = 50.0
+from hourglass.codec.strips import Strips
+from hourglass.codec.tiles import Grid, Piece, Tile, conceal, pack_tile, patch, walk_tile
 
 _Result = TypeVar("_Result")
 
-FileSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview"
-"""The bytes of a .hgc file, or a path to one."""
+_LEAST_TILE = 22
+"""No tile takes fewer bytes than this, its entry in the header included."""
 
-
-class Settings(TypedDict, total=False):
-    """How to encode. At most one of the first four; without any of them quality 50.
-
-    quality: 0 (smallest) to 100 (best).
-    target_size: bytes that the file may have at most: a number, or text such as "40k", "1.5M" or "5%" of the source
-        file. The result has at least 97 % of that (or 8 bytes less, for the tiniest), unless quality 100 needs less.
-    target_bpp: the same in bits per pixel.
-    target_psnr: dB over RGB that the decoded picture has at least.
-    effort: "fast" rounds, "default" drops symbols that cost more than they are worth, "best" also searches.
-    """
-
-    quality: float
-    target_size: int | str
-    target_bpp: float
-    target_psnr: float
-    effort: Effort
-
-
-_TILE = struct.Struct("<IB")  # CRC-32 of the symbols, width
+_DETAILED = 1 << 24
+"""Pixels up to which a search keeps its latents as they are, in float32; above it in float16."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """A picture as integers: what lies between the analysis transform and the entropy coder.
+    """The colours of a picture as integers: what lies between the analysis transform and the entropy coder.
 
     model: id of the model that made it, and that alone can synthesise it. quality: 0 to 100.
-    width, height: of the picture, in pixels. tensors: name -> (C, h, w) int16, read only.
+    width, height: of the picture, in pixels. tensors: name -> (C, h, w) int16, read only. grey: whether it decodes to
+    shades of grey.
     """
 
     model: str
@@ -87,6 +68,7 @@ class Code:
     width: int
     height: int
     tensors: Mapping[str, NDArray[np.int16]]
+    grey: bool = False
 
     def __post_init__(self) -> None:
         check_quality(self.quality)
@@ -101,8 +83,8 @@ class Code:
         if not isinstance(other, Code):
             return NotImplemented
         return (
-            (self.model, self.quality, self.width, self.height, self.tensors.keys())
-            == (other.model, other.quality, other.width, other.height, other.tensors.keys())
+            (self.model, self.quality, self.width, self.height, self.grey, self.tensors.keys())
+            == (other.model, other.quality, other.width, other.height, other.grey, other.tensors.keys())
         ) and all(np.array_equal(tensor, other.tensors[name]) for name, tensor in self.tensors.items())
 
     __hash__ = None  # type: ignore[assignment]  # arrays inside
@@ -154,196 +136,171 @@ class Codec:
         found = [self._model(model_id) for model_id in runtime.model_ids(self._zoo)]
         return [ModelInfo(m.id, m.tensors, m.manifest) for m in found]
 
-    def encode(self, image: ImageSource, **settings: Unpack[Settings]) -> bytes:
-        """A picture -> the bytes of a .hgc file; exactly `pack(analyse(image))`. Raises what these raise."""
-        check_settings(settings)
-        if _is_aimed(settings):
-            return self._pack(self._aimed(image, settings))
-        # Each tile goes all the way by itself: of a large picture only the bytes stay.
-        return _file(*self._plainly(image, settings, _pack_tile))
+    def encode(self, image: ImageSource | Picture, **settings: Unpack[Settings]) -> bytes:
+        """A picture -> the bytes of a .hgc file, with alpha and metadata.
 
-    def decode(self, data: FileSource) -> Pixels:
-        """A .hgc file -> (H, W, 3) uint8; exactly `synthesise(unpack(data))`. Raises what these raise."""
-        return self._synthesise(self._unpack(data))
+        Raises `ImageError`, `LimitError`, `InvalidArgument`, `OSError`; a `LossWarning` for each thing that is not
+        kept.
+        """
+        picture = self._load(image, settings)
+        _warn(picture.losses)
+        return self._encode(picture, _length_of(image), settings)
+
+    def decode(self, data: FileSource, **view: Unpack[View]) -> Pixels:
+        """A .hgc file -> uint8 (H, W, 3), or (H, W) grey, with alpha (H, W, 4) or (H, W, 2).
+
+        Raises `ContainerError` (with `CorruptError`), `LimitError`, `UnknownModelError`, `InvalidArgument`, `OSError`.
+        """
+        picture = self.decode_picture(data, **view)
+        _warn(picture.losses)
+        return picture.pixels
+
+    def decode_picture(self, data: FileSource, **view: Unpack[View]) -> Picture:
+        """`decode` with the picture's metadata; what is damaged is in its `losses`. Raises as `decode`."""
+        with Reader(data, self.limits) as reader:
+            header, salvage = reader.header, view.get("salvage", False)
+            check_view(header.width, header.height, view)
+            region, scale = view.get("region", whole(header)), view.get("scale", 1)
+            self.limits.check_size(-(-region[2] // scale), -(-region[3] // scale))
+            if not salvage:
+                reader.check_length()
+            if header.lossless:
+                return unstored(reader, region, scale)
+            return self._decoding(reader, salvage).picture(region, scale)
 
     def read_header(self, data: FileSource) -> Header:
         """The header of a .hgc file; its sections may be missing. Raises `ContainerError`, `LimitError`."""
-        return container.read_header(self._bytes(data), self.limits)
+        return container.read_header(data, self.limits)
 
-    def analyse(self, image: ImageSource, **settings: Unpack[Settings]) -> Code:
-        """Analysis transform, gain, prior, rounding: a picture -> its Code.
+    def encode_strips(self, strips: Strips, out: BinaryIO, **settings: Unpack[Settings]) -> None:
+        """`encode` of a picture that is read a few rows at a time, into a seekable file; never stored losslessly.
+
+        Its bytes are those of `encode`. Memory is bounded by the picture's width. Raises as `encode`.
+        """
+        check_settings(settings)
+        if is_aimed(settings):
+            raise InvalidArgument(
+                "a target needs the whole picture in memory; give a quality for one that is too large"
+            )
+        self.limits.check_streamed(strips.width, strips.height)
+        model, quality = self._model(self.model), quality_of(settings)
+        grid = Grid(strips.width, strips.height, model.tile.stride)
+        metadata = _metadata_sections(strips.metadata)
+        writer = Writer(out, self._front(quality, strips), len(grid) + len(metadata))
+        for kind, payload in metadata:
+            writer.add(kind, payload)
+        for sections in self._encoded_bands(
+            model, grid, _strip_bands(strips, grid, self._bands(grid), model.halo * runtime.STRIDE), settings
+        ):
+            for section in sections:
+                writer.add(container.CODE, section)
+        writer.finish()
+
+    def decode_strips(self, data: FileSource) -> tuple[Header, Metadata, Iterator[Pixels]]:
+        """A .hgc file -> its header, metadata, and the rows of its picture from top to bottom, some at a time.
+
+        Memory is bounded by the picture's width. Raises as `decode`, also while the rows are made; for one with alpha,
+        or one that is stored losslessly, `InvalidArgument`.
+        """
+        reader = Reader(data, self.limits)
+        try:
+            header = reader.header
+            self.limits.check_streamed(header.width, header.height)
+            reader.check_length()
+            if header.lossless or header.numbers(container.ALPHA):
+                raise InvalidArgument("a picture with alpha, or stored losslessly, can only be decoded as a whole")
+            rows = self._decoding(reader).strips(whole(header), 1)
+            return header, metadata_of(reader), _closing(reader, rows)
+        except BaseException:
+            reader.close()
+            raise
+
+    def analyse(self, image: ImageSource | Picture, **settings: Unpack[Settings]) -> Code:
+        """Analysis transform, gain, prior, rounding: a picture -> the Code of its colours.
 
         Raises `ImageError`, `LimitError`, `InvalidArgument`, `OSError`.
         """
-        return self._analyse(image, settings).code
+        check_settings(settings)
+        picture = self._load(image, settings)
+        losses = [*picture.losses, *(["a Code holds no alpha; it is left out"] if picture.alpha is not None else [])]
+        _warn(losses)
+        if is_aimed(settings):
+            bare = Picture(picture.colour, None, Metadata(), ())
+            return self.unpack(self._coded(bare, _length_of(image), settings))
+        model, quality = self._model(self.model), quality_of(settings)
+        grid = Grid(picture.width, picture.height, model.tile.stride)
+        bands = _whole_bands(_colour(picture, grid), self._bands(grid))
+        effort = settings.get("effort", "default")
+
+        def analyse(_: runtime.Model, analysed: Analysed) -> Symbols:
+            return quantise(analysed, quality, effort)
+
+        symbols = [s for band in self._analysed_bands(model, grid, bands, analyse) for s in band]
+        return _code(model, quality, grid, picture.grey, symbols)
 
     def encode_many(
-        self, image: ImageSource, qualities: Iterable[float], effort: Effort = "default"
+        self, image: ImageSource | Picture, qualities: Iterable[float], effort: Effort = "default"
     ) -> Iterator[bytes]:
-        """The files of one picture at many qualities, from one pass of the analysis transform. Raises as `encode`."""
-        analysed = self._transform(image)
+        """The files of one picture at many qualities, from one pass of the analysis transform, without fallback.
+
+        Raises as `encode`.
+        """
+        picture = self._load(image, {})
+        _warn(picture.losses)
+        requantised = self._requantiser(picture)
         for quality in qualities:
             check_quality(quality)
-            yield self._pack(self._quantise(analysed, quality, effort))
+            yield requantised(quality, effort)
 
     def synthesise(self, code: Code) -> Pixels:
-        """Prior, inverse gain, synthesis transform: a Code -> (H, W, 3) uint8.
+        """Prior, inverse gain, synthesis transform: a Code -> (H, W, 3) uint8, or (H, W) if it is grey.
 
         Raises `CodeError`, `UnknownModelError`.
         """
-        return self._synthesise(self._walk(code))
+        model, grid, symbols = self._walked(code)
+        out = np.empty((code.height, code.width) if code.grey else (code.height, code.width, 3), np.uint8)
+        pieces = {number: Piece(s.latent, s.width) for number, s in enumerate(symbols)}
+
+        def synthesise(tile: Tile, own: runtime.Model) -> None:
+            pixels = own.synthesise(patch(own, code.quality, grid, tile, pieces))
+            out[_place(tile)] = as_colour(pixels[: tile.height, : tile.width], code.grey)
+
+        self._each(model, grid, grid.tiles(), synthesise)
+        return out
 
     def pack(self, code: Code) -> bytes:
         """A Code -> the bytes of a .hgc file. Raises `CodeError`, `UnknownModelError`."""
-        return self._pack(self._walk(code))
+        model, _, symbols = self._walked(code)
+        colour = container.GREY if code.grey else container.RGB
+        front = Front(model.id, colour, code.width, code.height, code.quality)
+        return container.write(front, [(container.CODE, pack_tile(model, code.quality, s)) for s in symbols])
 
     def unpack(self, data: FileSource) -> Code:
-        """The bytes of a .hgc file -> its Code.
+        """The bytes of a .hgc file -> its Code, without alpha and metadata.
 
-        Raises `ContainerError` (with `CorruptError`), `LimitError`, `UnknownModelError`, `OSError`.
+        Raises `ContainerError` (with `CorruptError`), `LimitError`, `UnknownModelError`, `OSError`, and `CodeError`
+        for a picture that is stored losslessly.
         """
-        return self._unpack(data).code
+        with Reader(data, self.limits) as reader:
+            header = reader.header
+            reader.check_length()
+            self.limits.check_size(header.width, header.height)
+            if header.lossless:
+                raise CodeError("the picture is stored losslessly: the file has no code; decode it")
+            decoding, model = self._decoding(reader), self._model(header.model)
+            symbols = self._each(model, decoding.grid, decoding.grid.tiles(), decoding.symbols)
+        return _code(model, header.quality, decoding.grid, decoding.grey, symbols)
 
-    def _analyse(self, image: ImageSource, settings: Settings) -> _Coded:
-        check_settings(settings)
-        if _is_aimed(settings):
-            return self._aimed(image, settings)
-        return _Coded(*self._plainly(image, settings, lambda _model, _quality, symbols: symbols))
+    def measure(self, image: ImageSource | Picture, coded: Code | FileSource) -> Distortion:
+        """PSNR and MS-SSIM between a picture and what a Code or a file decodes to, as seen on white. Raises as
+        `decode`.
 
-    def _plainly(
-        self, source: ImageSource, settings: Settings, finish: Callable[[runtime.Model, float, Symbols], _Result]
-    ) -> tuple[runtime.Model, float, int, int, list[_Result]]:
-        """Model, quality, width, height, and what `finish` makes of each tile's symbols."""
-        pixels, model = image.read(source, self.limits), self._model(self.model)
-        quality = round(float(settings.get("quality", DEFAULT_QUALITY)), 2)
-        effort = settings.get("effort", "default")
-
-        def encode(tile: Tile, own: runtime.Model) -> _Result:
-            return finish(own, quality, quantise(_analysed(own, pixels, tile), quality, effort))
-
-        height, width = pixels.shape[:2]
-        return model, quality, width, height, self._each(model, width, height, encode)
-
-    def _aimed(self, source: ImageSource, settings: Settings) -> _Coded:
-        effort = settings.get("effort", "default")
-        if "target_psnr" in settings:
-            return self._reach_psnr(source, settings["target_psnr"], effort)
-        return self._reach_size(source, settings, effort)
-
-    def _each(
-        self, model: runtime.Model, width: int, height: int, work: Callable[[Tile, runtime.Model], _Result]
-    ) -> list[_Result]:
-        """Results of `work` for each tile of a picture: one tile with all threads, more than one on a thread each.
-
-        What runs in a thread gets the model that works in one thread.
+        `image` is taken with its metadata, unless it is a Picture already.
         """
-        tiles = tiles_of(width, height, model.tile.stride)
-
-        def one(tile: Tile, own: runtime.Model) -> _Result:
-            if self._stop.is_set():
-                raise Cancelled(f"stopped before tile {tile.number} of {len(tiles)}: nobody waits for the result")
-            return work(tile, own)
-
-        if len(tiles) == 1 or self._threads == 1:
-            return [one(tile, model) for tile in tiles]
-        single = self._model(model.id, 1)
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(lambda tile: one(tile, single), tiles))
-
-    def _reach_size(self, source: ImageSource, settings: Settings, effort: Effort) -> _Coded:
-        """The Code of the highest quality whose file is no larger than asked for."""
-        analysed = self._transform(source)
-        height, width = analysed.pixels.shape[:2]
-        if "target_size" in settings:
-            asked = f"target_size is {settings['target_size']}"
-            limit = parse_size(settings["target_size"], _length_of(source))
-        else:
-            asked = f"target_bpp is {settings['target_bpp']:g}"
-            limit = int(min(settings["target_bpp"] * width * height / 8, 2.0**62))
-
-        def attempt(quality: float, effort: Effort) -> tuple[_Coded, float]:
-            coded = self._quantise(analysed, quality, effort)
-            return coded, math.log(len(self._pack(coded)))
-
-        coded, size = _aim(attempt, effort, math.log(limit) if limit else 0.0, below=True)
-        if round(math.exp(size)) > limit:
-            least = round(math.exp(size))
-            raise InvalidArgument(
-                f"{asked}, {limit} bytes; at quality 0, the smallest, this picture takes {least} bytes, "
-                f"{metrics.bpp(least, width, height):.4f} bpp"
-            )
-        return coded
-
-    def _reach_psnr(self, source: ImageSource, asked: float, effort: Effort) -> _Coded:
-        """The Code of the lowest quality whose picture is at least as good as asked for."""
-        analysed = self._transform(source)
-
-        def attempt(quality: float, effort: Effort) -> tuple[_Coded, float]:
-            coded = self._quantise(analysed, quality, effort)
-            return coded, metrics.psnr(analysed.pixels, self._synthesise(coded))
-
-        coded, psnr = _aim(attempt, effort, asked, below=False)
-        if psnr < asked:
-            raise InvalidArgument(
-                f"target_psnr is {asked:g} dB; at quality 100, the best, this picture has {psnr:.2f} dB"
-            )
-        return coded
-
-    def _transform(self, source: ImageSource) -> _Transformed:
-        pixels, model = image.read(source, self.limits), self._model(self.model)
-        height, width = pixels.shape[:2]
-        tiles = self._each(model, width, height, lambda tile, own: _analysed(own, pixels, tile))
-        return _Transformed(pixels, tiles)
-
-    def _quantise(self, transformed: _Transformed, quality: float, effort: Effort) -> _Coded:
-        model, quality = self._model(self.model), round(float(quality), 2)
-        height, width = transformed.pixels.shape[:2]
-        tiles = self._each(
-            model, width, height, lambda tile, _: quantise(transformed.tiles[tile.number], quality, effort)
-        )
-        return _Coded(model, quality, width, height, tiles)
-
-    def _synthesise(self, coded: _Coded) -> Pixels:
-        out = np.empty((coded.height, coded.width, 3), np.uint8)
-
-        def synthesise(tile: Tile, model: runtime.Model) -> None:
-            pixels = model.synthesise(coded.patch(tile))
-            out[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] = pixels[: tile.height, : tile.width]
-
-        self._each(coded.model, coded.width, coded.height, synthesise)
-        return out
-
-    def _pack(self, coded: _Coded) -> bytes:
-        sections = [_pack_tile(coded.model, coded.quality, tile) for tile in coded.tiles]
-        return _file(coded.model, coded.quality, coded.width, coded.height, sections)
-
-    def _unpack(self, data: FileSource) -> _Coded:
-        header, payloads = container.read(self._bytes(data), self.limits)
-        model = self._model(header.model)
-        sections = [p for p, s in zip(payloads, header.sections, strict=True) if s.kind == container.CODE]
-        expected = len(tiles_of(header.width, header.height, model.tile.stride))
-        if len(sections) != expected:
-            raise ContainerError(
-                f"file has {len(sections)} tiles; model {model.id!r} has {expected} "
-                f"for a picture of {header.width}x{header.height} pixels"
-            )
-
-        def unpack(tile: Tile, own: runtime.Model) -> Symbols:
-            return _unpack_tile(own, header.quality, sections[tile.number], tile)
-
-        tiles = self._each(model, header.width, header.height, unpack)
-        return _Coded(model, header.quality, header.width, header.height, tiles)
-
-    def _walk(self, code: Code) -> _Coded:
-        """What the prior makes of a code that came from outside."""
-        model = self._checked(code)
-        tiles = self._each(model, code.width, code.height, lambda tile, own: _walk_tile(own, code, tile))
-        return _Coded(model, code.quality, code.width, code.height, tiles)
-
-    def measure(self, image: ImageSource, code: Code) -> Distortion:
-        """PSNR and MS-SSIM between a picture and what `code` decodes to."""
-        original, decoded = _read_image(image, self.limits), self.synthesise(code)
-        return Distortion(metrics.psnr(original, decoded), metrics.ms_ssim(original, decoded))
+        original = self._load(image, {})
+        decoded = Picture(self.synthesise(coded)) if isinstance(coded, Code) else self.decode_picture(coded)
+        pair = _seen(original), _seen(decoded)
+        return Distortion(metrics.psnr(*pair), metrics.ms_ssim(*pair))
 
     def with_model(self, model: str) -> Codec:
         """A codec that encodes with another model and shares all that is loaded. Raises `UnknownModelError`."""
@@ -361,7 +318,7 @@ class Codec:
         """Load the model and run it once, so that the first picture does not wait for it."""
         side = self._model(self.model).tile.stride
         for width in (16, side + 16):  # one tile with all threads, more with a thread each
-            self.decode(self.encode(np.zeros((16, width, 3), np.uint8)))
+            self.decode(self.encode(np.zeros((16, width, 3), np.uint8), fallback=False))
 
     def _model(self, model_id: str, threads: int = 0) -> runtime.Model:
         key = model_id, threads or self._threads
@@ -370,17 +327,206 @@ class Codec:
                 self._models[key] = runtime.Model(model_id, self._zoo, key[1])
             return self._models[key]
 
-    def _bytes(self, data: FileSource) -> bytes | memoryview:
-        if isinstance(data, (str, os.PathLike)):
-            self.limits.check_bytes(Path(data).stat().st_size)
-            return Path(data).read_bytes()
-        if isinstance(data, (bytes, bytearray, memoryview)):
-            view = memoryview(data)
-            return view.cast("B") if view.contiguous else bytes(view)
-        raise InvalidArgument(f"data is a {type(data).__name__}; expected the bytes of a .hgc file or a path")
+    def _load(self, source: ImageSource | Picture, settings: Settings) -> Picture:
+        check_settings(settings)
+        if isinstance(source, Picture):
+            self.limits.check_size(source.width, source.height)
+            return source
+        keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
+        return image.load(source, self.limits, keep=keep, srgb=srgb, frame=frame)
 
-    def _checked(self, code: Code) -> runtime.Model:
-        """The model of a code, after comparing the code with the model's rules."""
+    def _bands(self, grid: Grid) -> list[range]:
+        return grid.bands(2 * self._threads)
+
+    def _each(
+        self, model: runtime.Model, grid: Grid, tiles: list[Tile], work: Callable[[Tile, runtime.Model], _Result]
+    ) -> list[_Result]:
+        """Results of `work` for tiles of a picture: of one tile with all threads, of more with a thread for each tile.
+
+        What runs in a thread gets the model that works in one thread.
+        """
+        single = model if len(grid) == 1 else self._model(model.id, 1)
+
+        def one(tile: Tile) -> _Result:
+            if self._stop.is_set():
+                raise Cancelled(f"stopped before tile {tile.number} of {len(grid)}: nobody waits for the result")
+            return work(tile, single)
+
+        if len(tiles) == 1 or self._threads == 1:
+            return [one(tile) for tile in tiles]
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(one, tiles))
+
+    def _front(self, quality: float, picture: Picture | Strips) -> Front:
+        colour = container.GREY if picture.grey else container.RGB
+        return Front(self.model, colour, picture.width, picture.height, quality)
+
+    def _analysed_bands(
+        self,
+        model: runtime.Model,
+        grid: Grid,
+        bands: Iterable[tuple[range, int, NDArray[np.uint8]]],
+        work: Callable[[runtime.Model, Analysed], _Result],
+    ) -> Iterator[list[_Result]]:
+        """What `work` makes of the tiles, band by band: (rows of tiles, row of pixels where its pixels begin,
+        pixels).
+        """
+        for rows, top, pixels in bands:
+
+            def analyse(tile: Tile, own: runtime.Model, top: int = top, pixels: NDArray[np.uint8] = pixels) -> _Result:
+                place = tile.x, tile.y - top, tile.width, tile.height
+                mine = pixels[tile.y - top : tile.y - top + tile.height, tile.x : tile.x + tile.width]
+                return work(own, Analysed(own, mine, *own.analyse(pixels, *place)))
+
+            yield self._each(model, grid, grid.tiles(rows), analyse)
+
+    def _encoded_bands(
+        self,
+        model: runtime.Model,
+        grid: Grid,
+        bands: Iterable[tuple[range, int, NDArray[np.uint8]]],
+        settings: Settings,
+    ) -> Iterator[list[bytes]]:
+        quality, effort = quality_of(settings), settings.get("effort", "default")
+
+        def encode(own: runtime.Model, analysed: Analysed) -> bytes:
+            return pack_tile(own, quality, quantise(analysed, quality, effort))
+
+        return self._analysed_bands(model, grid, bands, encode)
+
+    def _encode(self, picture: Picture, source: int | None, settings: Settings) -> bytes:
+        """source: bytes of the file that the picture came from, for a target in per cent of it."""
+        thorough = settings.get("effort") == "best"
+        outlook = lossless.Outlook(picture.pixels) if settings.get("fallback", True) else None
+        grid = Grid(picture.width, picture.height, self._model(self.model).tile.stride)
+        if outlook and outlook.is_nearly_empty:
+            stored = _stored(picture, thorough)
+            if len(stored) <= _LEAST_TILE * len(grid):
+                return stored
+        limit = self._limit(picture, source, settings)
+        try:
+            data = self._coded(picture, source, settings)
+        except InvalidArgument:
+            # Too small for the learned codec, or too good; without loss it may be neither.
+            stored = _stored(picture, thorough) if outlook else b""
+            if stored and (len(stored) <= limit if limit else "target_psnr" in settings):
+                return stored
+            raise
+        most = max(len(data), limit or 0)  # what has no loss is the best that fits
+        if outlook and outlook.may_beat(most):
+            stored = _stored(picture, thorough)
+            if len(stored) <= most:
+                return stored
+        return data
+
+    def _coded(self, picture: Picture, source: int | None, settings: Settings) -> bytes:
+        """The file of a picture by the learned codec."""
+        if "target_psnr" in settings:
+            return self._reach_psnr(picture, settings)
+        if is_aimed(settings):
+            return self._reach_size(picture, source, settings)
+        model, quality = self._model(self.model), quality_of(settings)
+        grid = Grid(picture.width, picture.height, model.tile.stride)
+        bands = _whole_bands(_colour(picture, grid), self._bands(grid))
+        sections = [section for band in self._encoded_bands(model, grid, bands, settings) for section in band]
+        return self._file(picture, grid, quality, sections)
+
+    def _file(self, picture: Picture, grid: Grid, quality: float, sections: list[bytes]) -> bytes:
+        coded = [(container.CODE, section) for section in sections]
+        return container.write(
+            self._front(quality, picture),
+            [*_metadata_sections(picture.metadata), *coded, *self._alpha_sections(picture, grid)],
+        )
+
+    def _alpha_sections(self, picture: Picture, grid: Grid) -> list[tuple[int, bytes]]:
+        if (alpha := picture.alpha) is None:
+            return []
+        model = self._model(self.model)
+        packed = self._each(model, grid, grid.tiles(), lambda tile, _: lossless.pack(alpha[_place(tile)]))
+        return [(container.ALPHA, payload) for payload in packed]
+
+    def _requantiser(self, picture: Picture) -> Callable[[float, Effort], bytes]:
+        """quality, effort -> file, for one picture; the analysis transform runs once."""
+        model = self._model(self.model)
+        grid = Grid(picture.width, picture.height, model.tile.stride)
+        alpha = self._alpha_sections(picture, grid)
+        metadata = _metadata_sections(picture.metadata)
+        analysed = self._transformed(picture, grid)
+
+        def encode(quality: float, effort: Effort) -> bytes:
+            quality = round(float(quality), 2)
+
+            def work(tile: Tile, own: runtime.Model) -> bytes:
+                return pack_tile(own, quality, quantise(analysed[tile.number], quality, effort))
+
+            coded = [(container.CODE, section) for section in self._each(model, grid, grid.tiles(), work)]
+            return container.write(self._front(quality, picture), [*metadata, *coded, *alpha])
+
+        return encode
+
+    def _transformed(self, picture: Picture, grid: Grid) -> list[Analysed]:
+        model, detailed = self._model(self.model), picture.width * picture.height <= _DETAILED
+
+        def keep(_: runtime.Model, analysed: Analysed) -> Analysed:
+            if detailed:
+                return analysed
+            short = cast("NDArray[np.float32]", analysed.latent.astype(np.float16))
+            return replace(analysed, latent=short)
+
+        bands = _whole_bands(_colour(picture, grid), self._bands(grid))
+        return [analysed for band in self._analysed_bands(model, grid, bands, keep) for analysed in band]
+
+    def _limit(self, picture: Picture, source: int | None, settings: Settings) -> int | None:
+        """Bytes that were asked for."""
+        if "target_size" in settings:
+            return parse_size(settings["target_size"], source)
+        if "target_bpp" in settings:
+            return int(min(settings["target_bpp"] * picture.width * picture.height / 8, 2.0**62))
+        return None
+
+    def _reach_size(self, picture: Picture, source: int | None, settings: Settings) -> bytes:
+        """The file of the highest quality that is no larger than asked for."""
+        limit = self._limit(picture, source, settings) or 0
+        encode = self._requantiser(picture)
+
+        def attempt(quality: float, effort: Effort) -> Attempt:
+            data = encode(quality, effort)
+            return Attempt(quality, data, math.log(len(data)))
+
+        effort = settings.get("effort", "default")
+        found = aim(attempt, effort, math.log(limit) if limit else 0.0, below=True)
+        if (least := len(found.data)) > limit:
+            asked = next(f"{goal} is {value}" for goal, value in settings.items() if goal in GOALS)
+            raise InvalidArgument(
+                f"{asked}, {limit} bytes; at quality 0, the smallest, this picture takes {least} "
+                f"bytes, {metrics.bpp(least, picture.width, picture.height):.4f} bpp"
+            )
+        return found.data
+
+    def _reach_psnr(self, picture: Picture, settings: Settings) -> bytes:
+        """The file of the lowest quality whose colours are at least as good as asked for."""
+        asked, encode = settings["target_psnr"], self._requantiser(picture)
+        grid = Grid(picture.width, picture.height, self._model(self.model).tile.stride)
+        original = _rgb(_colour(picture, grid))
+
+        def attempt(quality: float, effort: Effort) -> Attempt:
+            data = encode(quality, effort)
+            decoded = self.decode_picture(data)
+            return Attempt(quality, data, metrics.psnr(original, _rgb(decoded.colour)))
+
+        found = aim(attempt, settings.get("effort", "default"), asked, below=False)
+        if found.figure < asked:
+            raise InvalidArgument(
+                f"target_psnr is {asked:g} dB; at quality 100, the best, this picture has {found.figure:.2f} dB"
+            )
+        return found.data
+
+    def _decoding(self, reader: Reader, salvage: bool = False) -> Decoding:
+        model = self._model(reader.header.model)
+        return Decoding(reader, model, self._each, at_once=2 * self._threads, salvage=salvage)
+
+    def _walked(self, code: Code) -> tuple[runtime.Model, Grid, list[Symbols]]:
+        """What the prior makes of a code that came from outside, after comparing the code with its model's rules."""
         if code.width < 1 or code.height < 1:
             raise CodeError(f"code is for a picture of {code.width}x{code.height} pixels; expected 1x1 or more")
         self.limits.check_size(code.width, code.height)
@@ -392,274 +538,101 @@ class Codec:
                 f"code tensors are {_describe(got)}; model {model.id!r} expects {_describe(expected)} "
                 f"for a picture of {code.width}x{code.height} pixels"
             )
-        return model
+        grid = Grid(code.width, code.height, model.tile.stride)
+
+        def walk(tile: Tile, own: runtime.Model) -> Symbols:
+            place = tile.x, tile.y, tile.width, tile.height
+            y, z, coded = (rule.part(code.tensors[rule.name], *place) for rule in model.tensors)
+            return walk_tile(own, code.quality, y, z, int(coded[0, 0, 0]), tile.number)
+
+        return model, grid, self._each(model, grid, grid.tiles(), walk)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A rectangle of a picture that is coded by itself: its number in raster order, corner and size in pixels."""
-
-    number: int
-    x: int
-    y: int
-    width: int
-    height: int
+def _closing(reader: Reader, rows: Iterator[_Result]) -> Iterator[_Result]:
+    with reader:
+        yield from rows
 
 
-def tiles_of(width: int, height: int, side: int) -> list[Tile]:
-    """The tiles of a picture, row by row; the last ones of a row or column may be smaller than `side`."""
-    corners = itertools.product(range(0, height, side), range(0, width, side))
-    return [Tile(number, x, y, min(side, width - x), min(side, height - y)) for number, (y, x) in enumerate(corners)]
-
-
-@dataclass(frozen=True)
-class _Transformed:
-    """A picture (H, W, 3) uint8, and what the analysis makes of its tiles."""
-
-    pixels: Pixels
-    tiles: list[Analysed]
-
-
-@dataclass(frozen=True)
-class _Coded:
-    """A picture as symbols, tile by tile."""
-
-    model: runtime.Model
-    quality: float
-    width: int
-    height: int
-    tiles: list[Symbols]
-
-    @cached_property
-    def code(self) -> Code:
-        model = self.model
-        tensors = {rule.name: np.zeros(rule.shape(self.width, self.height), np.int16) for rule in model.tensors}
-        for tile, symbols in zip(tiles_of(self.width, self.height, model.tile.stride), self.tiles, strict=True):
-            count = model.widths[symbols.width]
-            values = (widen(symbols.y, model.latent.channels), symbols.z, np.full((1, 1, 1), 4 * count))
-            for rule, value in zip(model.tensors, values, strict=True):
-                rule.part(tensors[rule.name], tile.x, tile.y, tile.width, tile.height)[:] = value
-        return Code(model.id, self.quality, self.width, self.height, tensors)
-
-    def patch(self, tile: Tile) -> runtime.Patch:
-        """The latents of a tile and, where there are some, of its model's `halo` around it, dequantised."""
-        model, halo = self.model, self.model.halo
-        rows, columns = self.tiles[tile.number].latent.shape[1:]
-        side, across = model.tile.stride // runtime.STRIDE, -(-self.width // model.tile.stride)
-        top, left = tile.y // runtime.STRIDE, tile.x // runtime.STRIDE
-        above, before = min(halo, top), min(halo, left)
-        below = halo if tile.y + tile.height < self.height else 0
-        behind = halo if tile.x + tile.width < self.width else 0
-        height, width = above + rows + below, before + columns + behind
-        around = list(self._around(tile, across))
-        core = np.zeros((1, 4 * model.core, height, width), np.float32)
-        all_zero = all(model.widths[symbols.width] <= model.core for _, symbols in around)
-        others = (1, model.latent.channels - 4 * model.core)
-        rest = np.zeros((*others, 1, 1) if all_zero else (*others, height, width), np.float32)
-        for number, symbols in around:
-            # Where this tile's latents lie in the patch.
-            y = number // across * side - (top - above)
-            x = number % across * side - (left - before)
-            latent = symbols.latent[:, max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
-            y, x = max(y, 0), max(x, 0)
-            place = np.s_[0, :, y : y + latent.shape[1], x : x + latent.shape[2]]
-            dequantise(model, self.quality, latent, core[place], None if all_zero else rest[place])
-        return runtime.Patch(core, rest, (above, above + rows, before, before + columns))
-
-    def _around(self, tile: Tile, across: int) -> Iterator[tuple[int, Symbols]]:
-        """Numbers and symbols of a tile and its neighbours."""
-        row, column = divmod(tile.number, across)
-        for y, x in itertools.product(range(row - 1, row + 2), range(column - 1, column + 2)):
-            if 0 <= x < across and 0 <= y * across + x < len(self.tiles):
-                yield y * across + x, self.tiles[y * across + x]
-
-
-def _analysed(model: runtime.Model, pixels: Pixels, tile: Tile) -> Analysed:
-    own = pixels[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width]
-    return Analysed(model, own, *model.analyse(pixels, tile.x, tile.y, tile.width, tile.height))
-
-
-def _file(model: runtime.Model, quality: float, width: int, height: int, sections: list[bytes]) -> bytes:
-    return container.write(model.id, width, height, quality, [(container.CODE, section) for section in sections])
-
-
-def _pack_tile(model: runtime.Model, quality: float, tile: Symbols) -> bytes:
-    encoder = entropy.Encoder(model.tables)
-    try:
-        for symbols, tables in tile.parts:
-            encoder.put(symbols, tables)
-    except ValueError as exc:
-        raise CodeError(f"code of model {model.id!r} at quality {quality:g} cannot be coded: {exc}") from exc
-    return _TILE.pack(_crc(tile), tile.width) + encoder.finish()
-
-
-def _unpack_tile(model: runtime.Model, quality: float, section: memoryview, tile: Tile) -> Symbols:
-    if len(section) < _TILE.size:
-        raise ContainerError(f"code section has {len(section)} bytes; expected {_TILE.size} or more")
-    crc, width = _TILE.unpack_from(section)
-    if width >= len(model.widths):
-        raise ContainerError(f"tile {tile.number} has width {width}; model {model.id!r} has {len(model.widths)}")
-    decoder = entropy.Decoder(section[_TILE.size :], model.tables)
-    parts: list[Part] = []
-
-    def decode(tables: NDArray[np.uint8]) -> NDArray[np.int16]:
-        parts.append((decoder.get(tables), tables))
-        return parts[-1][0]
-
-    z = decode(hyper_tables(model, quality, model.hyper.shape(tile.width, tile.height)))
-    _, rows, columns = model.latent.shape(tile.width, tile.height)
-    y, latent = prior.walk(model, quality, z, rows, columns, width, lambda _step, tables, _mean: decode(tables))
-    decoder.finish()
-    symbols = Symbols(y, z, width, parts, latent)
-    if _crc(symbols) != crc:
-        raise CorruptError(f"the decoded symbols of tile {tile.number} do not match their checksum")
-    return symbols
-
-
-def _walk_tile(model: runtime.Model, code: Code, tile: Tile) -> Symbols:
-    place = tile.x, tile.y, tile.width, tile.height
-    whole, z, coded = (rule.part(code.tensors[rule.name], *place) for rule in model.tensors)
-    width = int(coded[0, 0, 0])
-    if width not in [4 * count for count in model.widths]:
-        expected = ", ".join(str(4 * count) for count in model.widths)
-        raise CodeError(f"{model.tile.name} of tile {tile.number} is {width}; expected one of {expected}")
-    y = narrow(whole, width // 4)
-    if np.count_nonzero(y) != np.count_nonzero(whole):
-        raise CodeError(f"tile {tile.number} has {width} channels that are coded, and symbols in other ones")
-    padded = np.zeros((len(y), 4 * z.shape[1], 4 * z.shape[2]), np.int16)
-    padded[:, : y.shape[1], : y.shape[2]] = y
-    parts: list[Part] = [(z, hyper_tables(model, code.quality, z.shape))]
-
-    def take(step: int, tables: NDArray[np.uint8], _mean: NDArray[np.int16]) -> NDArray[np.int16]:
-        parts.append((prior.gather(padded, step), tables))
-        return parts[-1][0]
-
-    index = model.widths.index(width // 4)
-    _, latent = prior.walk(model, code.quality, z, y.shape[1], y.shape[2], index, take)
-    return Symbols(y, z, index, parts, latent)
-
-
-_TOLERANCE = 0.01
-"""How near a target a search must come: 1 % of a size, 0.01 dB."""
-
-
-def _aim(
-    attempt: Callable[[float, Effort], tuple[_Coded, float]], effort: Effort, wanted: float, *, below: bool
-) -> tuple[_Coded, float]:
-    """`_search` with an effort; the slow one begins where a faster one ends."""
-    if effort != "best":
-        return _search(lambda quality: attempt(quality, effort), wanted, below=below)
-    coded, _ = _search(lambda quality: attempt(quality, "default"), wanted, below=below)
-    return _search(lambda quality: attempt(quality, effort), wanted, below=below, near=coded.quality)
-
-
-def _search(
-    attempt: Callable[[float], tuple[_Coded, float]], wanted: float, *, below: bool, near: float | None = None
-) -> tuple[_Coded, float]:
-    """Search over quality for a Code whose figure, which rises with quality, is as near `wanted` as can be.
-
-    below: the figure may not be above `wanted`; else it may not be below. near: a quality to begin at. Ends within
-    _TOLERANCE or at neighbouring qualities. Where even quality 0 (or 100) is on the wrong side, that comes back.
-    """
-    low, high = (0.0, 100.0) if near is None else (max(near - 1, 0.0), min(near + 1, 100.0))
-    at_low, at_high = attempt(low), attempt(high)
-    while at_low[1] > wanted and low > 0:
-        high, at_high = low, at_low
-        low = max(2 * low - near, 0.0) if near else 0.0
-        at_low = attempt(low)
-    while at_high[1] < wanted and high < 100:
-        low, at_low = high, at_high
-        high = min(2 * high - near, 100.0) if near else 100.0
-        at_high = attempt(high)
-    if at_low[1] >= wanted:
-        return at_low
-    if at_high[1] <= wanted:
-        return at_high
-    best = at_low if below else at_high
-    for turn in itertools.count():
-        if abs(best[1] - wanted) <= _TOLERANCE or high - low < 0.015:
-            break
-        part = (wanted - at_low[1]) / (at_high[1] - at_low[1])
-        if turn % 3 == 2:
-            part = 0.5  # secants can creep along a bent curve
-        quality = round(low + (high - low) * min(max(part, 0.02), 0.98), 2)
-        quality = min(max(quality, low + 0.01), high - 0.01)
-        tried = attempt(quality)
-        if (tried[1] <= wanted) if below else (tried[1] < wanted):
-            low, at_low = quality, tried
-        else:
-            high, at_high = quality, tried
-        best = at_low if below else at_high
-    return best
-
-
-def parse_size(value: int | str, source: int | None) -> int:
-    """Bytes: a number, or text as "40000", "40k", "1.5M", or "5%" of `source`, the bytes of the source file.
-
-    k and M are 1000 and 1000000. Raises `InvalidArgument`.
-    """
-    text = str(value).strip()
-    factors = {"%": (source or 0) / 100, "k": 1e3, "K": 1e3, "M": 1e6}
-    if text.endswith("%") and source is None:
-        raise InvalidArgument(f"target_size is {text}, but the picture has no source file; give it in bytes")
-    try:
-        bytes_ = float(text[:-1]) * factors[text[-1]] if text[-1:] in factors else float(text)
-    except ValueError:
-        bytes_ = 0.0
-    if not 1 <= bytes_ < 2**62:
-        raise InvalidArgument(f'target_size is {text!r}; expected bytes, 1 to 2**62, as 40000, "40k", "1.5M" or "5%"')
-    return int(bytes_)
-
-
-def _length_of(source: ImageSource) -> int | None:
+def _length_of(source: ImageSource | Picture) -> int | None:
     """Bytes of the file that a picture comes from, where it comes from one."""
     if isinstance(source, (str, os.PathLike)):
         return Path(source).stat().st_size
     return len(source) if isinstance(source, (bytes, bytearray, memoryview)) else None
 
 
-def _is_aimed(settings: Settings) -> bool:
-    """Whether something else than a quality is asked for, which takes a search."""
-    return bool(settings.keys() - {"quality", "effort"})
+def _warn(losses: Iterable[str]) -> None:
+    for loss in losses:
+        warnings.warn(loss, LossWarning, stacklevel=3)
 
 
-def check_settings(settings: Settings) -> None:
-    """Raise `InvalidArgument` for names or values that no picture can be encoded with."""
-    unknown = [name for name in settings if name not in Settings.__annotations__]
-    if unknown:
-        raise InvalidArgument(f"{unknown[0]!r} is no setting; expected {', '.join(Settings.__annotations__)}")
-    effort = settings.get("effort", "default")
-    if effort not in get_args(Effort):
-        raise InvalidArgument(f"effort is {effort!r}; expected one of {', '.join(get_args(Effort))}")
-    given = [name for name in settings if name != "effort"]
-    if len(given) > 1:
-        raise InvalidArgument(f"{' and '.join(given)} exclude each other; give one of them")
-    if "quality" in settings:
-        check_quality(settings["quality"])
-    bpp, psnr = settings.get("target_bpp", 1.0), settings.get("target_psnr", 30.0)
-    if not isinstance(bpp, numbers.Real) or not 0 < bpp < math.inf:
-        raise InvalidArgument(f"target_bpp is {bpp!r}; expected a positive number of bits per pixel")
-    if not isinstance(psnr, numbers.Real) or not 0 < psnr < 100:
-        raise InvalidArgument(f"target_psnr is {psnr!r}; expected dB, more than 0 and less than 100")
+def _colour(picture: Picture, grid: Grid) -> NDArray[np.uint8]:
+    """The colours to code: where nothing can be seen, something cheap."""
+    if picture.alpha is None:
+        return picture.colour
+    return conceal(picture.colour, picture.alpha, grid.side)
 
 
-def check_quality(quality: float) -> None:
-    """Raise `InvalidArgument` unless `quality` is a number from 0 to 100."""
-    if not isinstance(quality, numbers.Real) or not 0 <= quality <= 100:
-        got = f"{quality:g}" if isinstance(quality, numbers.Real) else repr(quality)
-        raise InvalidArgument(f"quality is {got}; expected a number from 0 (smallest) to 100 (best)")
+def _seen(picture: Picture) -> NDArray[np.uint8]:
+    """(H, W, 3): on white, where there is alpha."""
+    colour = picture.colour if picture.alpha is None else image.on_white(picture.colour, picture.alpha)
+    return _rgb(colour)
 
 
-def _read_image(source: ImageSource, limits: Limits) -> Pixels:
-    return image.read(source, limits)
+def _rgb(colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return colour if colour.ndim == 3 else np.repeat(colour[..., None], 3, axis=2)
 
 
-def _crc(tile: Symbols) -> int:
-    """CRC-32 of all symbols that are coded: of y, then of z."""
-    crc = 0
-    for tensor in (tile.y, tile.z):
-        crc = zlib.crc32(np.ascontiguousarray(tensor, "<i2").data, crc)
-    return crc
+def _place(tile: Tile) -> tuple[slice, slice]:
+    return slice(tile.y, tile.y + tile.height), slice(tile.x, tile.x + tile.width)
+
+
+def _whole_bands(colour: NDArray[np.uint8], bands: list[range]) -> Iterator[tuple[range, int, NDArray[np.uint8]]]:
+    """What `_analysed_bands` takes, of a picture in memory."""
+    return ((rows, 0, colour) for rows in bands)
+
+
+def _strip_bands(
+    strips: Strips, grid: Grid, bands: list[range], halo: int
+) -> Iterator[tuple[range, int, NDArray[np.uint8]]]:
+    """What `_analysed_bands` takes, of a picture that is read from top to bottom; bands overlap by the analysis'
+    halo.
+    """
+    kept = np.empty((0,), np.uint8)
+    top = bottom = 0
+    for rows in bands:
+        end = min(rows.stop * grid.side + halo, grid.height)
+        parts = [] if bottom == 0 else [kept]
+        while bottom < end:
+            part = strips.read(end - bottom)
+            parts.append(part)
+            bottom += len(part)
+        pixels = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        yield rows, top, pixels
+        begin = max(rows.stop * grid.side - halo, 0)
+        kept, top = pixels[begin - top :].copy(), begin
+
+
+def _metadata_sections(metadata: Metadata) -> list[tuple[int, bytes]]:
+    found = ((kind, getattr(metadata, name)) for name, kind in KINDS.items())
+    return [(kind, container.deflate(data)) for kind, data in found if data]
+
+
+def _stored(picture: Picture, thorough: bool) -> bytes:
+    """The file of a picture without any loss."""
+    colour = container.GREY if picture.grey else container.RGB
+    payload = lossless.pack(picture.pixels, thorough)
+    sections = [*_metadata_sections(picture.metadata), (container.LOSSLESS, payload)]
+    return container.write(Front("", colour, picture.width, picture.height, 100), sections)
+
+
+def _code(model: runtime.Model, quality: float, grid: Grid, grey: bool, symbols: list[Symbols]) -> Code:
+    width, height = grid.width, grid.height
+    tensors = {rule.name: np.zeros(rule.shape(width, height), np.int16) for rule in model.tensors}
+    for tile, own in zip(grid.tiles(), symbols, strict=True):
+        values = (widen(own.y, model.latent.channels), own.z, np.full((1, 1, 1), 4 * model.widths[own.width]))
+        for rule, value in zip(model.tensors, values, strict=True):
+            rule.part(tensors[rule.name], tile.x, tile.y, tile.width, tile.height)[:] = value
+    return Code(model.id, quality, width, height, tensors, grey)
 
 
 def _describe(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> str:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent / "zoo"
 """The models that ship with the package."""
 
-DEFAULT_MODEL = "hourglass-2"
+DEFAULT_MODEL = "hourglass-3"
 
 
 def model_ids(zoo: Path = ZOO) -> list[str]:
@@ -127,6 +127,10 @@ class Model:
             self.halo = int(self.manifest["halo"])
             network = self.manifest["network"]
             self.core = int(network["core"]) // 4
+            # Positions of the latent beyond its own that a pixel depends on: 3x3 filters, one in each block at 1/16 and
+            # 1/8 resolution, and one more.
+            fine, coarse = network["synthesis_blocks"]
+            self.reach = int(coarse) + (int(fine) + 2) // 2
             self._features, self._lambdas = network["features"], (network["lambda_low"], network["lambda_high"])
             self._sha256: dict[str, str] = dict(self.manifest["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as exc:
@@ -222,8 +226,8 @@ class Model:
     def analyse(
         self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Analysis transforms of a rectangle of a picture (H, W, 3) uint8 -> latent (C, 4 h, 4 w) and hyper-latent
-        (Z, h, w), float32.
+        """Analysis transforms of a rectangle of a picture (H, W, 3) or (H, W) uint8 -> latent (C, 4 h, 4 w) and
+        hyper-latent (Z, h, w), float32.
 
         x, y: its corner, multiples of PADDING. h = ceil(height / 64), w = ceil(width / 64): where the picture ends it
         is padded with its last row and column.
@@ -235,6 +239,8 @@ class Model:
         low = max(bottom, min(bottom + halo, pixels.shape[0] // STRIDE * STRIDE))
         far = max(right, min(right + halo, pixels.shape[1] // STRIDE * STRIDE))
         part = pixels[top:low, left:far]
+        if part.ndim == 2:
+            part = np.repeat(part[..., None], 3, axis=2)
         missing = (low - top - part.shape[0], far - left - part.shape[1])
         if any(missing):
             part = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
@@ -274,25 +280,29 @@ class Model:
         return float(low * (high / low) ** (quality / 100))
 
     def error_slope(self, latent: NDArray[np.float32], pixels: NDArray[np.uint8]) -> tuple[float, NDArray[np.float32]]:
-        """Squared error of what a latent (C, h, w) decodes to, summed over (H, W, 3) samples, and its gradient.
+        """Squared error of what a latent (C, h, w) decodes to, summed over the samples of
+        (H, W, 3) or (H, W) uint8, and its gradient.
 
         The picture is padded as for the analysis; the padding has no error.
         """
-        image = _padded(pixels)
+        image = _padded(pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2))
         inside = np.zeros((1, *image.shape[:2], 1), np.uint8)
         inside[:, : pixels.shape[0], : pixels.shape[1]] = 1
         error, slope = self._run("gradient.onnx", {"latent": latent[None], "image": image[None], "inside": inside})
         return float(error), slope[0]
 
-    def synthesise(self, patch: Patch) -> NDArray[np.uint8]:
-        """Synthesis transform: (16 rows, 16 columns, 3) uint8 of the positions to keep."""
+    def synthesise(self, patch: Patch, scale: int = 1) -> NDArray[np.uint8]:
+        """Synthesis transform: (16 rows / scale, 16 columns / scale, 3) uint8 of the positions to keep.
+
+        scale: 1, or 2, 4, 8 for a smaller picture at less than half the work.
+        """
         inputs: dict[str, NDArray[Any]] = {
             "core": patch.core,
             "rest": patch.rest,
             "rest_end": np.array(1 if patch.rest.shape[2:] == (1, 1) else 1 << 31, np.int64),
             "keep": np.array(patch.keep, np.int64),
         }
-        (pixels,) = self._run("decoder.onnx", inputs)
+        (pixels,) = self._run("decoder.onnx" if scale == 1 else f"reduced-{scale}.onnx", inputs)
         decoded: NDArray[np.uint8] = pixels[0]
         return decoded
 

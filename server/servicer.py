@@ -6,10 +6,11 @@ import asyncio
 import math
 import threading
 import time
+import warnings
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -19,8 +20,8 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
-from hourglass.codec import Codec, Limits, image
-from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LimitError, ModelError
+from hourglass.codec import Codec, Limits, Picture, container, image
+from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LimitError, LossWarning, ModelError
 from hourglass.server.admission import Admission
 from hourglass.server.call import Call, Desk
 from hourglass.server.config import Config
@@ -33,7 +34,14 @@ _Result = TypeVar("_Result")
 
 SERVICE = pb.DESCRIPTOR.services_by_name["CodecService"]
 
-_FORMATS = {pb.IMAGE_FORMAT_PNG: "PNG", pb.IMAGE_FORMAT_JPEG: "JPEG", pb.IMAGE_FORMAT_WEBP: "WEBP"}
+_FORMATS = {
+    pb.IMAGE_FORMAT_PNG: "PNG",
+    pb.IMAGE_FORMAT_JPEG: "JPEG",
+    pb.IMAGE_FORMAT_WEBP: "WEBP",
+    pb.IMAGE_FORMAT_AVIF: "AVIF",
+    pb.IMAGE_FORMAT_TIFF: "TIFF",
+    pb.IMAGE_FORMAT_PPM: "PPM",
+}
 
 _ID_LENGTH = 128
 
@@ -155,7 +163,9 @@ class CodecServicer:
             height=header.height,
             quality=header.quality,
             total_bytes=header.length + sum(section.length for section in header.sections),
-            decodable=header.model in {model.id for model in await self._look(self._codec.models)},
+            decodable=header.lossless or header.model in {model.id for model in await self._look(self._codec.models)},
+            grey=header.colour == container.GREY,
+            lossless=header.lossless,
             sections=sections,
         )
         await call.write(answer)
@@ -306,26 +316,37 @@ def _encode(
 ) -> pb.EncodeResponse:
     if request.model:
         codec = codec.with_model(request.model)
+    keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
     with nullcontext() if isinstance(given, np.ndarray) else record.hop("image"):
-        pixels, losses = image.load(given, codec.limits)
+        picture = image.load(given, codec.limits, keep=keep, srgb=srgb, frame=frame)
+    losses, picture = list(picture.losses), replace(picture, losses=())
     wants_file = request.want_file or not request.want_code
+    code, file = None, b""
     with record.hop("codec"):
+        if wants_file:
+            if request.want_code:
+                settings = {**settings, "fallback": False}
+            file = codec.encode(picture, **settings)
         if request.want_code:
-            code = codec.analyse(pixels, **settings)
-            file = codec.pack(code) if wants_file else b""
-        else:  # tile by tile: of a large picture only the bytes stay
-            file = codec.encode(pixels, **settings)
-            code = None
-    height, width = pixels.shape[:2]
+            if wants_file:
+                code = codec.unpack(file)
+            else:
+                if picture.alpha is not None:
+                    losses.append("a code holds no alpha; it is left out")
+                code = codec.analyse(replace(picture, alpha=None), **settings)
+    width, height = picture.width, picture.height
     answer = pb.EncodeResponse(model=codec.model, width=width, height=height, file=file, warnings=losses)
-    answer.quality = code.quality if code else codec.read_header(file).quality
-    if file:
-        record.ratios.append(3 * width * height / len(file))
     if code is not None:
+        answer.quality = code.quality
         answer.code.CopyFrom(convert.code_to_message(code))
+    else:
+        header = codec.read_header(file)
+        answer.quality, answer.model, answer.lossless = header.quality, header.model, header.lossless
+    if file:
+        record.ratios.append(picture.pixels.nbytes / len(file))
     if request.want_distortion:
         with record.hop("measure"):
-            distortion = codec.measure(pixels, code or codec.unpack(file))
+            distortion = codec.measure(picture, code if code is not None else file)
         answer.distortion.CopyFrom(pb.Distortion(psnr=distortion.psnr, ms_ssim=distortion.ms_ssim))
     return answer
 
@@ -336,16 +357,19 @@ def _decode(
     with record.hop("codec"):
         if isinstance(given, pb.Code):
             code = convert.code_from_message(given)
-            pixels = codec.synthesise(code)
+            picture = Picture(codec.synthesise(code))
             answer = pb.DecodeResponse(model=code.model, quality=code.quality)
         else:
-            pixels = codec.decode(given)
+            picture = codec.decode_picture(given, **convert.get_view(request))
             header = codec.read_header(given)
-            answer = pb.DecodeResponse(model=header.model, quality=header.quality)
+            answer = pb.DecodeResponse(model=header.model, quality=header.quality, damage=picture.losses)
     if request.format == pb.IMAGE_FORMAT_UNSPECIFIED:
-        return answer, pixels
-    with record.hop("write"):
-        return answer, image.write(pixels, _FORMATS[request.format])
+        if picture.metadata.size:
+            answer.metadata.CopyFrom(convert.metadata_to_message(picture.metadata))
+        return answer, picture.pixels
+    with record.hop("write"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossWarning)  # the caller chose the format
+        return answer, image.write(picture, _FORMATS[request.format])
 
 
 def _check_format(request: pb.DecodeRequest) -> None:

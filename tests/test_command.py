@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hourglass.codec import Codec, container
+from hourglass.codec.container import Front
 
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
 
@@ -32,7 +33,7 @@ def _flipped(data: bytes, place: int) -> bytes:
 
 def _bad_files(good: bytes) -> dict[str, tuple[list[str], bytes | None, str]]:
     """name -> arguments before it, content (None: no such file), what the message must say."""
-    stranger = container.write("stranger-9", 8, 8, 50, [(container.CODE, bytes(8))])
+    stranger = container.write(Front("stranger-9", container.RGB, 8, 8, 50), [(container.CODE, bytes(8))])
     return {
         "missing.png": ([], None, "No such file or directory"),
         "missing.hgc": (["-d"], None, "No such file or directory"),
@@ -75,7 +76,7 @@ def test_bad_input(name: str, remote: bool, good: bytes, address: str, tmp_path:
         (["-q", "high", "p.png"], "high"),
         ([], "Missing argument"),
         (["--nonsense", "p.png"], "--nonsense"),
-        (["--model", "no-such-model", "p.png"], "no model 'no-such-model' is installed; known models: hourglass-2"),
+        (["--model", "no-such-model", "p.png"], "no model 'no-such-model' is installed; known models: hourglass-3"),
         (["-d", "p.hgc", "-o", "out.xyz"], "suffix '.xyz'"),
         (["-d", "--metrics", "p.hgc"], "--metrics"),
         (["-l", "-o", "x", "p.hgc"], "-l"),
@@ -129,11 +130,13 @@ def test_one_line_for_each_picture(parrots: Path, tmp_path: Path) -> None:
 
 def test_list(good: bytes, tmp_path: Path, codec: Codec) -> None:
     (tmp_path / "p.hgc").write_bytes(good)
-    assert b"p.hgc: 768x512, quality 20, model hourglass-2, " in run("-l", "p.hgc", cwd=tmp_path).stdout
+    assert b"p.hgc: 768x512, quality 20, model hourglass-3, " in run("-l", "p.hgc", cwd=tmp_path).stdout
     row = json.loads(run("-l", "--json", "p.hgc", cwd=tmp_path).stdout)
     header = codec.read_header(good)
     assert (row["model"], row["quality"], row["bytes"]) == (header.model, header.quality, len(good))
-    assert row["sections"] == [{"kind": s.kind, "bytes": s.length, "crc32": s.crc} for s in header.sections]
+    assert row["sections"] == [
+        {"kind": s.kind, "name": "code", "bytes": s.length, "crc32": s.crc} for s in header.sections
+    ]
 
 
 def test_loss_is_said(tmp_path: Path) -> None:
@@ -141,9 +144,11 @@ def test_loss_is_said(tmp_path: Path) -> None:
 
     Image.new("RGBA", (20, 20), (255, 0, 0, 100)).save(tmp_path / "clear.png")
     done = run("clear.png", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    done = run("-d", "clear.hgc", "-o", "clear.jpg", cwd=tmp_path)
     assert done.returncode == 0
-    assert b"compress-image: clear.png: warning: " in done.stderr
-    assert b"transparent" in done.stderr
+    assert b"compress-image: clear.hgc: warning: " in done.stderr
+    assert b"alpha" in done.stderr
 
 
 def test_unwritable_output(parrots: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import zlib
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hourglass.codec import Codec, Limits, container, errors, image, read_header
+from hourglass.codec.container import Front
 
 HERE = Path(__file__).parent
 FORMAT = (HERE.parent / "codec" / "FORMAT.md").read_text()
@@ -69,7 +71,8 @@ def test_header_says_what_was_encoded(codec: Codec) -> None:
     data = codec.encode(picture, quality=12.34)
     header = read_header(data)
     assert (header.width, header.height, header.quality) == (240, 320, 12.34)
-    assert (header.version, header.model) == (0, codec.model)
+    assert (header.version, header.model, header.colour) == (1, codec.model, container.RGB)
+    assert not header.lossless
     assert [section.kind for section in header.sections] == [container.CODE]
     assert header.length + sum(section.length for section in header.sections) == len(data)
     assert header.length < 64
@@ -123,7 +126,7 @@ def _forged(data: bytes, **changes: bytes) -> bytes:
     """`data` with parts of its header replaced and its checksum made right again."""
     header = container.read_header(data)
     head = bytearray(data[: header.length - 4])
-    places = {"version": 4, "width": 7, "height": 11, "quality": 15}
+    places = {"version": 4, "colour": 5, "width": 6, "height": 10, "quality": 14, "sections": 16}
     for name, value in changes.items():
         head[places[name] : places[name] + len(value)] = value
     return bytes(head) + struct.pack("<I", zlib.crc32(head)) + data[header.length :]
@@ -132,10 +135,12 @@ def _forged(data: bytes, **changes: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"version": b"\x07"}, errors.ContainerError, "format version 7; this release reads version 0"),
+        ({"version": b"\x07"}, errors.ContainerError, "format version 7; this release reads version 1"),
         ({"width": bytes(4)}, errors.ContainerError, "0x48 pixels"),
         ({"quality": b"\xff\xff"}, errors.ContainerError, "quality 655.35"),
-        ({"width": b"\0\0\0\x01"}, errors.LimitError, "limit is 65536 a side"),
+        ({"width": b"\0\0\0\x02"}, errors.LimitError, "limit is 16777216 a side"),
+        ({"colour": b"\x02"}, errors.ContainerError, "pixels of colour 2"),
+        ({"sections": b"\xff\xff\xff\xff"}, errors.LimitError, "4294967295 sections; the limit is 1048576"),
         ({"width": b"\xff\xff\0\0", "height": b"\xff\xff\0\0"}, errors.LimitError, "Limits.pixels"),
         ({"width": b"\x80\0\0\0"}, errors.CorruptError, "do not match|goes on|invalid"),
         ({"quality": b"\0\0"}, errors.CorruptError, "do not match|goes on|invalid"),
@@ -148,24 +153,64 @@ def test_forged_headers(
         codec.decode(_forged(small, **changes))
 
 
-def test_unknown_sections() -> None:
-    data = container.write("some-model", 1, 1, 50, [(container.CODE, b"code"), (200, b"later")])
+def _written(model: str, *sections: tuple[int, bytes]) -> bytes:
+    return container.write(Front(model, container.RGB, 8, 8, 50), sections)
+
+
+def test_sections_that_are_later_inventions_are_skipped() -> None:
+    data = _written("some-model", (container.CODE, b"code"), (200, b"later"))
     header, sections = container.read(data)
     assert [bytes(payload) for payload in sections] == [b"code", b"later"]
     assert [section.kind for section in header.sections] == [1, 200]
     assert header.model == "some-model"
+
+
+@pytest.mark.parametrize(
+    ("model", "kinds"),
+    [
+        ("m", [1, 99]),
+        ("m", [200]),
+        ("m", []),
+        ("m", [1, 200, 200]),
+        ("m", [1, 128, 128]),
+        ("m", [1, 1, 2]),
+        ("m", [1, 3]),
+        ("m", [3]),
+        ("", [1]),
+        ("", [3, 3]),
+        ("", [3, 2]),
+        ("", []),
+    ],
+)
+def test_sections_that_make_no_sense_are_refused(model: str, kinds: list[int]) -> None:
     with pytest.raises(errors.ContainerError, match="kinds"):
-        container.read(container.write("m", 1, 1, 50, [(container.CODE, b""), (99, b"")]))
-    with pytest.raises(errors.ContainerError, match="kinds"):
-        container.read(container.write("m", 1, 1, 50, [(200, b"")]))
-    with pytest.raises(errors.ContainerError, match="kinds"):
-        container.read(container.write("m", 1, 1, 50, [(container.CODE, b""), (200, b""), (200, b"")]))
+        container.read(_written(model, *((kind, b"") for kind in kinds)))
 
 
 def test_unknown_model(codec: Codec) -> None:
-    data = container.write("no-such-model", 8, 8, 50, [(container.CODE, b"\0" * 8)])
+    data = _written("no-such-model", (container.CODE, b"\0" * 8))
     with pytest.raises(errors.UnknownModelError, match="no model 'no-such-model' is installed; known models: hour"):
         codec.decode(data)
+
+
+def test_metadata_is_bounded() -> None:
+    payload = memoryview(container.deflate(bytes(1000)))
+    assert container.inflate(payload, 1000) == bytes(1000)
+    with pytest.raises(errors.LimitError, match="1000 bytes; there is room for 999"):
+        container.inflate(payload, 999)
+    lying = memoryview(b"\x0a\0\0\0" + bytes(payload[4:]))
+    with pytest.raises(errors.CorruptError, match="its section says 10"):
+        container.inflate(lying, 1000)
+
+
+def test_a_file_written_piece_by_piece_is_the_same() -> None:
+    front, sections = Front("m", container.GREY, 8, 8, 50), [(container.ICC, b"profile"), (container.CODE, b"code")]
+    file = io.BytesIO()
+    writer = container.Writer(file, front, 2)
+    for kind, payload in sections:
+        writer.add(kind, payload)
+    writer.finish()
+    assert file.getvalue() == container.write(front, sections)
 
 
 def test_limits_hold_before_anything_is_allocated(small: bytes) -> None:
@@ -179,7 +224,7 @@ def test_limits_hold_before_anything_is_allocated(small: bytes) -> None:
 @given(st.binary(max_size=200), st.booleans())
 def test_any_bytes_are_parsed_or_refused(data: bytes, with_magic: bool) -> None:
     try:
-        container.read(container.MAGIC + b"\0" + data if with_magic else data)
+        container.read(container.MAGIC + b"\1" + data if with_magic else data)
     except (errors.ContainerError, errors.LimitError):
         return
     raise AssertionError("random bytes passed for a file")

@@ -126,7 +126,7 @@ BAD_REQUESTS = {
     "format": ("Decode", pb.DecodeRequest(file=b"x", format=77), "INVALID_ARGUMENT", "InvalidArgument"),
     "tensor": (
         "Decode",
-        pb.DecodeRequest(code=pb.Code(model="hourglass-2", width=16, height=16, tensors=[pb.Tensor(name="y")])),
+        pb.DecodeRequest(code=pb.Code(model="hourglass-3", width=16, height=16, tensors=[pb.Tensor(name="y")])),
         "INVALID_ARGUMENT",
         "CodeError",
     ),
@@ -136,7 +136,7 @@ BAD_REQUESTS = {
         "NOT_FOUND",
         "UnknownModelError",
     ),
-    "code size": ("Decode", pb.DecodeRequest(code=pb.Code(model="hourglass-2")), "INVALID_ARGUMENT", "CodeError"),
+    "code size": ("Decode", pb.DecodeRequest(code=pb.Code(model="hourglass-3")), "INVALID_ARGUMENT", "CodeError"),
 }
 
 
@@ -186,9 +186,10 @@ def test_client_model(address: str, parrots: Path, codec: Codec) -> None:
 
 
 def test_losses_travel(client: Client, tmp_path: Path) -> None:
-    Image.new("RGBA", (20, 20), (255, 0, 0, 100)).save(tmp_path / "clear.png")
-    with pytest.warns(errors.LossWarning, match="transparent"):
-        client.encode(tmp_path / "clear.png")
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    with pytest.warns(errors.LossWarning, match="2 frames"):
+        client.encode(tmp_path / "moving.gif")
 
 
 def test_large_pictures_pass(client: Client, codec: Codec) -> None:

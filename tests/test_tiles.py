@@ -13,17 +13,18 @@ import pytest
 from numpy.typing import NDArray
 
 from hourglass.codec import Code, Codec, container, errors, image, metrics, runtime
-from hourglass.codec.pipeline import tiles_of
+from hourglass.codec.container import Front
+from hourglass.codec.tiles import Grid
 
 IMAGES = Path(__file__).parent / "images"
-SIDE = 1024
+SIDE = 512
 
 
 @pytest.fixture(scope="module")
 def large() -> NDArray[np.uint8]:
-    """1100 x 1340 pixels: a photograph, mirrored over and over, so that its only edges are its own."""
+    """588 x 828 pixels: a photograph, mirrored, so that its only edges are its own."""
     photo = image.read(IMAGES / "parrots.png")
-    return np.pad(photo, ((150, 438), (300, 272), (0, 0)), mode="reflect")
+    return np.pad(photo, ((38, 38), (30, 30), (0, 0)), mode="reflect")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Codec:
 
 def test_tiles_cover_a_picture_once() -> None:
     seen = np.zeros((2100, 1030), int)
-    for number, tile in enumerate(tiles_of(1030, 2100, SIDE)):
+    grid = Grid(1030, 2100, SIDE)
+    assert len(grid) == 15
+    for number, tile in enumerate(grid.tiles()):
         assert tile.number == number
         seen[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] += 1
     assert (seen == 1).all()
@@ -92,23 +95,24 @@ def test_missing_tile(large: NDArray[np.uint8], codec: Codec) -> None:
     data = codec.encode(large, quality=0)
     header, payloads = container.read(data)
     sections = [(container.CODE, bytes(payload)) for payload in payloads]
-    damaged = container.write(header.model, header.width, header.height, header.quality, sections[:-1])
+    front = Front(header.model, header.colour, header.width, header.height, header.quality)
+    damaged = container.write(front, sections[:-1])
     with pytest.raises(errors.ContainerError, match=r"file has 3 tiles; model .* has 4"):
         codec.decode(damaged)
-    turned = container.write(header.model, header.width, header.height, header.quality, sections[::-1])
+    turned = container.write(front, sections[::-1])
     with pytest.raises(errors.CorruptError):
         codec.decode(turned)
 
 
 def test_width_that_is_none(codec: Codec) -> None:
     header, (payload,) = container.read(codec.encode(image.read(IMAGES / "motocross.png")[:32, :32]))
-    wrong = bytearray(payload)
+    wrong, front = bytearray(payload), Front(header.model, header.colour, 32, 32, header.quality)
     wrong[4] = 77
-    data = container.write(header.model, 32, 32, header.quality, [(container.CODE, bytes(wrong))])
+    data = container.write(front, [(container.CODE, bytes(wrong))])
     with pytest.raises(errors.ContainerError, match="tile 0 has width 77"):
         codec.decode(data)
     wrong[4] = (payload[4] + 1) % 3
-    data = container.write(header.model, 32, 32, header.quality, [(container.CODE, bytes(wrong))])
+    data = container.write(front, [(container.CODE, bytes(wrong))])
     with pytest.raises(errors.CorruptError):
         codec.decode(data)
 

@@ -64,14 +64,15 @@ class Pieces:
     def varied(self, count: int, side: int, generator: torch.Generator, own: slice, share: float) -> Tensor:
         """`crops` of which a `share` is made smaller, with sharper detail, and a `share` more colourful.
 
-        The colours of the latter are also swapped.
+        The colours of the latter are also swapped, and half of them are negatives.
         """
         crops = self.crops(count, side, generator, own)
         smaller, colourful = torch.rand(2, count, generator=generator) < share
-        strength = 1 + torch.rand(count, generator=generator)
+        strength = 1 + 2 * torch.rand(count, generator=generator)
+        negative = torch.rand(count, generator=generator) < 0.5
         order = torch.rand(count, 3, generator=generator).argsort(1)
         members = range(count)[own]
-        wider = side * 4 // 3
+        wider = side * 4 // 3 if torch.rand((), generator=generator) < 0.5 else side * 5 // 3
         if bool(smaller.any()) and bool((self.sizes >= wider).all(1).any()):
             places = [i for i, member in enumerate(members) if smaller[member]]
             chosen = torch.tensor([members[i] for i in places], dtype=torch.long)
@@ -82,7 +83,8 @@ class Pieces:
             if colourful[member]:
                 mixed = crops[i][order[member].to(crops.device)]
                 grey = mixed.mean(0, keepdim=True)
-                crops[i] = (grey + float(strength[member]) * (mixed - grey)).clamp(0, 255)
+                mixed = (grey + float(strength[member]) * (mixed - grey)).clamp(0, 255)
+                crops[i] = 255 - mixed if negative[member] else mixed
         return crops
 
     def split(self, held_out: int) -> tuple[Pieces, Pieces]:

@@ -33,7 +33,7 @@ from hourglass.codec.train.data import Pieces
 from hourglass.codec.train.network import Hourglass, Shape, hats
 from hourglass.codec.train.prior import LADDER, OCTAVE, bits_of
 
-TILE = 1024
+TILE = 512
 """Pixels a side of a tile, which is coded by itself."""
 
 HALO = 1
@@ -89,7 +89,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=zoo, prefix=".new-") as temporary:
         folder = Path(temporary) / model_id
         folder.mkdir()
-        graphs.write(net, folder)
+        graphs.write(net, folder, dequantised(net, pieces))
         numbers = freeze(net, pieces)
         np.savez_compressed(folder / "tables.npz", allow_pickle=False, **numbers)
         manifest: dict[str, Any] = {
@@ -123,6 +123,20 @@ def export(
         _write_json(manifest, folder / "manifest.json")
         shutil.move(folder, target)
     return target
+
+
+@torch.no_grad()
+def dequantised(net: Hourglass, pieces: Pieces, count: int = 150) -> list[Tensor]:
+    """What the synthesis gets, (1, C, h, w) each, of some pieces at qualities from everywhere."""
+    found = []
+    for number in torch.linspace(0, len(pieces) - 1, min(count, len(pieces))).long().tolist():
+        height, width = (int(side) // PADDING * PADDING for side in pieces.sizes[number])
+        if height and width:
+            y = net.analysis(pieces.pixels[number, :height, :width].permute(2, 0, 1)[None].float() / 255)
+            quality = torch.tensor([100 * (number * 0.618 % 1)])
+            y_hat, _, inverse = net.entropy(y, quality, "settle")
+            found.append(y_hat * inverse)
+    return found
 
 
 @torch.no_grad()
@@ -277,7 +291,7 @@ def measure(codec: Codec, pictures: list[Path]) -> list[dict[str, float]]:
         bpp, psnr, ms_ssim = [], [], []
         for path in pictures:
             pixels = image.read(path)
-            data = codec.encode(pixels, quality=quality)
+            data = codec.encode(pixels, quality=quality, fallback=False)
             decoded = codec.decode(data)
             bpp.append(metrics.bpp(len(data), pixels.shape[1], pixels.shape[0]))
             psnr.append(metrics.psnr(pixels, decoded))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,57 @@ class DecoderGraph(nn.Module):
         return d.reshape(1, 3, 8, 8, h, w).permute(0, 4, 2, 5, 3, 1).reshape(1, 8 * h, 8 * w, 3)
 
 
+class ReducedGraph(nn.Module):
+    """What DecoderGraph takes -> image (1, H / scale, W / scale, 3) uint8, without the work for the details.
+
+    The blocks at 1/8 resolution are left out. In the place of what follows them `fit` puts one linear 3x3 filter.
+    """
+
+    def __init__(self, net: Hourglass, scale: int) -> None:
+        super().__init__()
+        self.coarse, self.from_latent = net.synthesis.coarse, net.synthesis.from_latent
+        self.scale, self.side = scale, 8 // scale  # pixels that a position at 1/8 resolution has a side
+        samples = 3 * self.side**2
+        self.head = nn.Conv2d(net.shape.trunk, samples, 3)
+        rest = net.synthesis.from_rest.weight.reshape(3, self.side, scale, self.side, scale, 4, -1).mean((2, 4))
+        self.from_rest = nn.Conv2d(rest.shape[-1], 4 * samples, 1, bias=False)
+        self.from_rest.weight = nn.Parameter(255 * rest.reshape(4 * samples, -1, 1, 1))
+
+    def features(self, core: Tensor) -> Tensor:
+        """core (B, c, h, w) -> (B, trunk, 2 h + 2, 2 w + 2): with a border that repeats the edge."""
+        t = F.pixel_shuffle(self.from_latent(self.coarse(core)), 2)
+        padded: Tensor = F.pad(t, (1, 1, 1, 1), mode="replicate")
+        return padded
+
+    def forward(self, core: Tensor, rest: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
+        d = self.head(self.features(core)) + F.pixel_shuffle(self.from_rest(rest), 2)[:, :, :rest_end, :rest_end]
+        keep = 2 * keep
+        d = d[:, :, keep[0] : keep[1], keep[2] : keep[3]].clamp(0, 255).to(torch.uint8)
+        _, _, h, w = d.shape
+        side = self.side
+        image: Tensor = d.reshape(1, 3, side, side, h, w).permute(0, 4, 2, 5, 3, 1).reshape(1, side * h, side * w, 3)
+        return image
+
+    @torch.no_grad()
+    def fit(self, net: Hourglass, latents: Iterable[Tensor]) -> None:
+        """Make the filter the one with the least squared error from the means of what `net` makes of dequantised
+        latents, each (1, C, h, w)."""
+        inputs = 9 * net.shape.trunk + 1
+        squares, products = torch.zeros(inputs, inputs).double(), torch.zeros(inputs, len(self.head.weight)).double()
+        for latent in latents:
+            core, _ = unweave(latent, net.shape.core)
+            wanted = F.avg_pool2d(F.pixel_shuffle(net.synthesis.core_to_depth(core), 8), self.scale)
+            b = F.pixel_unshuffle(wanted, self.side)[0].flatten(1).double()
+            a = F.unfold(self.features(core), 3)[0].double()
+            a = torch.cat([a, torch.ones_like(a[:1])])
+            squares += a @ a.T
+            products += a @ b.T
+        squares += torch.eye(inputs) * squares.diagonal().mean() * 1e-8
+        solved = torch.linalg.solve(squares, products).float().T * 255
+        self.head.weight.copy_(solved[:, :-1].reshape(self.head.weight.shape))
+        self.head.bias.copy_(solved[:, -1] + 0.5)  # type: ignore[union-attr]  # the cast truncates
+
+
 class GradientGraph(nn.Module):
     """latent (1, C, h, w), image (1, 16 h, 16 w, 3) uint8 -> squared error of the decoded picture, and its gradient.
 
@@ -144,8 +195,11 @@ def widths(shape: Shape) -> list[int]:
     return sorted({core * 3 // 5, core, shape.latent // 4} - {0})
 
 
-def write(net: Hourglass, folder: Path) -> None:
-    """encoder.onnx, prior.onnx, decoder.onnx and gradient.onnx, for pictures of any size."""
+def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
+    """encoder.onnx, prior.onnx, decoder.onnx, reduced-2.onnx, -4, -8 and gradient.onnx, for pictures of any size.
+
+    samples: dequantised latents, each (1, C, h, w), to fit the reduced ones to.
+    """
     image, latent = torch.zeros(1, 64, 128, 3, dtype=torch.uint8), torch.zeros(1, net.shape.latent, 4, 8)
     pixels, positions = {1: "height", 2: "width"}, {2: "rows", 3: "columns"}
     whole = {"keep": torch.tensor([0, 4, 0, 8])}
@@ -154,6 +208,10 @@ def write(net: Hourglass, folder: Path) -> None:
     parts = {"core": core, "rest": rest, "rest_end": torch.tensor(1 << 31)}
     ends = {"core": positions, "rest": {2: "rest_rows", 3: "rest_columns"}}
     _trace(DecoderGraph(net), parts | whole, folder / "decoder.onnx", ends, ["image"])
+    for scale in (2, 4, 8):
+        reduced = ReducedGraph(net, scale)
+        reduced.fit(net, samples)
+        _trace(reduced, parts | whole, folder / f"reduced-{scale}.onnx", ends, ["image"])
     both = {"latent": latent, "image": image, "inside": image[..., :1]}
     free = {"latent": positions, "image": pixels, "inside": pixels}
     _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])

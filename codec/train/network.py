@@ -41,6 +41,7 @@ class Shape:
     core: int = 320  # those of them that the residual blocks see; the others are linear in the picture
     analysis_blocks: tuple[int, int] = (3, 2)  # residual blocks at 1/8, at 1/16
     synthesis_blocks: tuple[int, int] = (4, 1)  # residual blocks at 1/8, at 1/16
+    synthesis_hidden: tuple[int, int] = (160, 128)  # channels inside these
     hyper: int = 96  # channels of the hyper-latent at 1/64 resolution
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
@@ -60,7 +61,7 @@ class Shape:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Shape:
         values = dict(values)
-        for key in ("analysis_blocks", "synthesis_blocks"):
+        for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden"):
             values[key] = tuple(values[key])
         return Shape(**values)
 
@@ -147,9 +148,9 @@ class Synthesis(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.core = shape.core
-        self.coarse = _blocks(shape.synthesis_blocks[1], shape.core, shape.core)
+        self.coarse = _blocks(shape.synthesis_blocks[1], shape.core, shape.synthesis_hidden[1])
         self.from_latent = nn.Conv2d(shape.core, 4 * shape.trunk, 1)
-        self.fine = _blocks(shape.synthesis_blocks[0], shape.trunk, 2 * shape.trunk)
+        self.fine = _blocks(shape.synthesis_blocks[0], shape.trunk, shape.synthesis_hidden[0])
         self.overlap = nn.Conv2d(shape.trunk, shape.trunk, 3, padding=1, groups=shape.trunk)
         self.from_trunk = nn.Conv2d(shape.trunk, 192, 1)
         self.from_rest = nn.Conv2d(shape.latent - shape.core, 4 * 192, 1, bias=False)

@@ -12,6 +12,12 @@ class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
     DATA_TYPE_INT16: _ClassVar[DataType]
 
+class MetadataKept(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    METADATA_KEPT_UNSPECIFIED: _ClassVar[MetadataKept]
+    METADATA_KEPT_ICC: _ClassVar[MetadataKept]
+    METADATA_KEPT_NONE: _ClassVar[MetadataKept]
+
 class Effort(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     EFFORT_UNSPECIFIED: _ClassVar[Effort]
@@ -24,8 +30,14 @@ class ImageFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     IMAGE_FORMAT_PNG: _ClassVar[ImageFormat]
     IMAGE_FORMAT_JPEG: _ClassVar[ImageFormat]
     IMAGE_FORMAT_WEBP: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_AVIF: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_TIFF: _ClassVar[ImageFormat]
+    IMAGE_FORMAT_PPM: _ClassVar[ImageFormat]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_INT16: DataType
+METADATA_KEPT_UNSPECIFIED: MetadataKept
+METADATA_KEPT_ICC: MetadataKept
+METADATA_KEPT_NONE: MetadataKept
 EFFORT_UNSPECIFIED: Effort
 EFFORT_FAST: Effort
 EFFORT_BEST: Effort
@@ -33,6 +45,9 @@ IMAGE_FORMAT_UNSPECIFIED: ImageFormat
 IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_JPEG: ImageFormat
 IMAGE_FORMAT_WEBP: ImageFormat
+IMAGE_FORMAT_AVIF: ImageFormat
+IMAGE_FORMAT_TIFF: ImageFormat
+IMAGE_FORMAT_PPM: ImageFormat
 
 class Pixels(_message.Message):
     __slots__ = ("width", "height", "data", "channels")
@@ -59,18 +74,20 @@ class Tensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., data_type: _Optional[_Union[DataType, str]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Code(_message.Message):
-    __slots__ = ("model", "quality", "width", "height", "tensors")
+    __slots__ = ("model", "quality", "width", "height", "tensors", "grey")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    GREY_FIELD_NUMBER: _ClassVar[int]
     model: str
     quality: float
     width: int
     height: int
     tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
-    def __init__(self, model: _Optional[str] = ..., quality: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+    grey: bool
+    def __init__(self, model: _Optional[str] = ..., quality: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., grey: _Optional[bool] = ...) -> None: ...
 
 class Distortion(_message.Message):
     __slots__ = ("psnr", "ms_ssim")
@@ -81,7 +98,7 @@ class Distortion(_message.Message):
     def __init__(self, psnr: _Optional[float] = ..., ms_ssim: _Optional[float] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("image_file", "pixels", "quality", "target_size", "target_bpp", "target_psnr", "model", "want_file", "want_code", "want_distortion", "effort")
+    __slots__ = ("image_file", "pixels", "quality", "target_size", "target_bpp", "target_psnr", "model", "want_file", "want_code", "want_distortion", "effort", "metadata", "srgb", "frame", "no_fallback")
     IMAGE_FILE_FIELD_NUMBER: _ClassVar[int]
     PIXELS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +110,10 @@ class EncodeRequest(_message.Message):
     WANT_CODE_FIELD_NUMBER: _ClassVar[int]
     WANT_DISTORTION_FIELD_NUMBER: _ClassVar[int]
     EFFORT_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    SRGB_FIELD_NUMBER: _ClassVar[int]
+    FRAME_FIELD_NUMBER: _ClassVar[int]
+    NO_FALLBACK_FIELD_NUMBER: _ClassVar[int]
     image_file: bytes
     pixels: Pixels
     quality: float
@@ -104,10 +125,14 @@ class EncodeRequest(_message.Message):
     want_code: bool
     want_distortion: bool
     effort: Effort
-    def __init__(self, image_file: _Optional[bytes] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., quality: _Optional[float] = ..., target_size: _Optional[int] = ..., target_bpp: _Optional[float] = ..., target_psnr: _Optional[float] = ..., model: _Optional[str] = ..., want_file: _Optional[bool] = ..., want_code: _Optional[bool] = ..., want_distortion: _Optional[bool] = ..., effort: _Optional[_Union[Effort, str]] = ...) -> None: ...
+    metadata: MetadataKept
+    srgb: bool
+    frame: int
+    no_fallback: bool
+    def __init__(self, image_file: _Optional[bytes] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., quality: _Optional[float] = ..., target_size: _Optional[int] = ..., target_bpp: _Optional[float] = ..., target_psnr: _Optional[float] = ..., model: _Optional[str] = ..., want_file: _Optional[bool] = ..., want_code: _Optional[bool] = ..., want_distortion: _Optional[bool] = ..., effort: _Optional[_Union[Effort, str]] = ..., metadata: _Optional[_Union[MetadataKept, str]] = ..., srgb: _Optional[bool] = ..., frame: _Optional[int] = ..., no_fallback: _Optional[bool] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
-    __slots__ = ("file", "code", "distortion", "model", "quality", "width", "height", "warnings")
+    __slots__ = ("file", "code", "distortion", "model", "quality", "width", "height", "warnings", "lossless")
     FILE_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     DISTORTION_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +141,7 @@ class EncodeResponse(_message.Message):
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    LOSSLESS_FIELD_NUMBER: _ClassVar[int]
     file: bytes
     code: Code
     distortion: Distortion
@@ -124,29 +150,64 @@ class EncodeResponse(_message.Message):
     width: int
     height: int
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, file: _Optional[bytes] = ..., code: _Optional[_Union[Code, _Mapping]] = ..., distortion: _Optional[_Union[Distortion, _Mapping]] = ..., model: _Optional[str] = ..., quality: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    lossless: bool
+    def __init__(self, file: _Optional[bytes] = ..., code: _Optional[_Union[Code, _Mapping]] = ..., distortion: _Optional[_Union[Distortion, _Mapping]] = ..., model: _Optional[str] = ..., quality: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., warnings: _Optional[_Iterable[str]] = ..., lossless: _Optional[bool] = ...) -> None: ...
+
+class Region(_message.Message):
+    __slots__ = ("x", "y", "width", "height")
+    X_FIELD_NUMBER: _ClassVar[int]
+    Y_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    x: int
+    y: int
+    width: int
+    height: int
+    def __init__(self, x: _Optional[int] = ..., y: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
+
+class Metadata(_message.Message):
+    __slots__ = ("icc", "exif", "xmp", "iptc")
+    ICC_FIELD_NUMBER: _ClassVar[int]
+    EXIF_FIELD_NUMBER: _ClassVar[int]
+    XMP_FIELD_NUMBER: _ClassVar[int]
+    IPTC_FIELD_NUMBER: _ClassVar[int]
+    icc: bytes
+    exif: bytes
+    xmp: bytes
+    iptc: bytes
+    def __init__(self, icc: _Optional[bytes] = ..., exif: _Optional[bytes] = ..., xmp: _Optional[bytes] = ..., iptc: _Optional[bytes] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
-    __slots__ = ("file", "code", "format")
+    __slots__ = ("file", "code", "format", "region", "scale", "salvage")
     FILE_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    SALVAGE_FIELD_NUMBER: _ClassVar[int]
     file: bytes
     code: Code
     format: ImageFormat
-    def __init__(self, file: _Optional[bytes] = ..., code: _Optional[_Union[Code, _Mapping]] = ..., format: _Optional[_Union[ImageFormat, str]] = ...) -> None: ...
+    region: Region
+    scale: int
+    salvage: bool
+    def __init__(self, file: _Optional[bytes] = ..., code: _Optional[_Union[Code, _Mapping]] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., scale: _Optional[int] = ..., salvage: _Optional[bool] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("pixels", "image_file", "model", "quality")
+    __slots__ = ("pixels", "image_file", "model", "quality", "metadata", "damage")
     PIXELS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FILE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    DAMAGE_FIELD_NUMBER: _ClassVar[int]
     pixels: Pixels
     image_file: bytes
     model: str
     quality: float
-    def __init__(self, pixels: _Optional[_Union[Pixels, _Mapping]] = ..., image_file: _Optional[bytes] = ..., model: _Optional[str] = ..., quality: _Optional[float] = ...) -> None: ...
+    metadata: Metadata
+    damage: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, pixels: _Optional[_Union[Pixels, _Mapping]] = ..., image_file: _Optional[bytes] = ..., model: _Optional[str] = ..., quality: _Optional[float] = ..., metadata: _Optional[_Union[Metadata, _Mapping]] = ..., damage: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -311,7 +372,7 @@ class InspectRequest(_message.Message):
     def __init__(self, file: _Optional[bytes] = ...) -> None: ...
 
 class InspectResponse(_message.Message):
-    __slots__ = ("format_version", "model", "width", "height", "quality", "total_bytes", "decodable", "sections")
+    __slots__ = ("format_version", "model", "width", "height", "quality", "total_bytes", "decodable", "sections", "grey", "lossless")
     FORMAT_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -320,6 +381,8 @@ class InspectResponse(_message.Message):
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DECODABLE_FIELD_NUMBER: _ClassVar[int]
     SECTIONS_FIELD_NUMBER: _ClassVar[int]
+    GREY_FIELD_NUMBER: _ClassVar[int]
+    LOSSLESS_FIELD_NUMBER: _ClassVar[int]
     format_version: int
     model: str
     width: int
@@ -328,7 +391,9 @@ class InspectResponse(_message.Message):
     total_bytes: int
     decodable: bool
     sections: _containers.RepeatedCompositeFieldContainer[Section]
-    def __init__(self, format_version: _Optional[int] = ..., model: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., quality: _Optional[float] = ..., total_bytes: _Optional[int] = ..., decodable: _Optional[bool] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ...) -> None: ...
+    grey: bool
+    lossless: bool
+    def __init__(self, format_version: _Optional[int] = ..., model: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., quality: _Optional[float] = ..., total_bytes: _Optional[int] = ..., decodable: _Optional[bool] = ..., sections: _Optional[_Iterable[_Union[Section, _Mapping]]] = ..., grey: _Optional[bool] = ..., lossless: _Optional[bool] = ...) -> None: ...
 
 class Section(_message.Message):
     __slots__ = ("kind", "length", "crc32")

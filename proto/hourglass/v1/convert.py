@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import Code, Effort, ModelInfo, Settings, TensorRule, check_settings, parse_size
+from hourglass.codec import (
+    SCALES,
+    Code,
+    Effort,
+    Keep,
+    Metadata,
+    ModelInfo,
+    Settings,
+    TensorRule,
+    View,
+    check_settings,
+    parse_size,
+)
 from hourglass.codec.errors import CodeError, InvalidArgument
 from hourglass.v1 import codec_pb2 as pb
 
@@ -23,6 +35,42 @@ EFFORTS: dict[int, Effort] = {
 }
 
 
+KEPT: dict[int, Keep] = {
+    pb.METADATA_KEPT_UNSPECIFIED: "all",
+    pb.METADATA_KEPT_ICC: "icc",
+    pb.METADATA_KEPT_NONE: "none",
+}
+
+
+def set_view(request: pb.DecodeRequest, view: View) -> None:
+    """Write what to decode into a request. Raises `InvalidArgument`."""
+    if "region" in view:
+        x, y, width, height = view["region"]
+        if min(x, y, width, height) < 0 or max(x, y, width, height) >= 1 << 32:
+            raise InvalidArgument(f"region is {view['region']}; expected x, y, width, height within the picture")
+        request.region.CopyFrom(pb.Region(x=x, y=y, width=width, height=height))
+    if (scale := view.get("scale", 1)) not in SCALES:
+        raise InvalidArgument(f"scale is {scale!r}; expected one of {', '.join(map(str, SCALES))}")
+    request.scale, request.salvage = scale, view.get("salvage", False)
+
+
+def get_view(request: pb.DecodeRequest) -> View:
+    """What a request wants decoded."""
+    view: View = {"scale": request.scale or 1, "salvage": request.salvage}
+    if request.HasField("region"):
+        region = request.region
+        view["region"] = region.x, region.y, region.width, region.height
+    return view
+
+
+def metadata_to_message(metadata: Metadata) -> pb.Metadata:
+    return pb.Metadata(icc=metadata.icc, exif=metadata.exif, xmp=metadata.xmp, iptc=metadata.iptc)
+
+
+def metadata_from_message(message: pb.Metadata) -> Metadata:
+    return Metadata(icc=message.icc, exif=message.exif, xmp=message.xmp, iptc=message.iptc)
+
+
 def set_settings(request: pb.EncodeRequest, settings: Settings, source: int | None) -> None:
     """Write settings into a request. source: bytes of the source file, for a target_size in per cent of it.
 
@@ -32,6 +80,10 @@ def set_settings(request: pb.EncodeRequest, settings: Settings, source: int | No
     for name, value in settings.items():
         if name == "effort":
             request.effort = next(number for number, effort in EFFORTS.items() if effort == value)  # type: ignore[assignment]
+        elif name == "metadata":
+            request.metadata = next(number for number, keep in KEPT.items() if keep == value)  # type: ignore[assignment]
+        elif name == "fallback":
+            request.no_fallback = not value
         else:
             setattr(request, name, parse_size(value, source) if name == "target_size" else value)  # type: ignore[arg-type]
 
@@ -40,7 +92,16 @@ def get_settings(request: pb.EncodeRequest) -> Settings:
     """The settings that a request holds. Raises `InvalidArgument` for an effort that is unknown."""
     if request.effort not in EFFORTS:
         raise InvalidArgument(f"effort is {request.effort}; expected a value of Effort")
-    settings: Settings = {"effort": EFFORTS[request.effort]}
+    if request.metadata not in KEPT:
+        raise InvalidArgument(f"metadata is {request.metadata}; expected a value of MetadataKept")
+    settings: Settings = {
+        "effort": EFFORTS[request.effort],
+        "metadata": KEPT[request.metadata],
+        "srgb": request.srgb,
+        "fallback": not request.no_fallback,
+    }
+    if request.HasField("frame"):
+        settings["frame"] = request.frame
     match request.WhichOneof("goal"):
         case "quality":
             settings["quality"] = request.quality
@@ -68,7 +129,14 @@ def code_to_message(code: Code) -> pb.Code:
         pb.Tensor(name=name, shape=t.shape, data_type=pb.DATA_TYPE_INT16, data=np.ascontiguousarray(t, "<i2").tobytes())
         for name, t in code.tensors.items()
     ]
-    return pb.Code(model=code.model, quality=code.quality, width=code.width, height=code.height, tensors=tensors)
+    return pb.Code(
+        model=code.model,
+        quality=code.quality,
+        width=code.width,
+        height=code.height,
+        tensors=tensors,
+        grey=code.grey,
+    )
 
 
 def code_from_message(message: pb.Code) -> Code:
@@ -83,7 +151,7 @@ def code_from_message(message: pb.Code) -> Code:
         if tensor.data_type != pb.DATA_TYPE_INT16:
             raise CodeError(f"tensor {tensor.name!r} has data type {tensor.data_type}; expected DATA_TYPE_INT16")
         tensors[tensor.name] = _array(tensor.data, "<i2", shape, f"tensor {tensor.name!r}", CodeError)
-    return Code(message.model, message.quality, message.width, message.height, tensors)
+    return Code(message.model, message.quality, message.width, message.height, tensors, message.grey)
 
 
 def pixels_to_message(pixels: NDArray[np.uint8], *, samples: bool = True) -> pb.Pixels:

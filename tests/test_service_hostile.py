@@ -56,8 +56,9 @@ def codes(parrots: Path, codec: Codec) -> list[bytes]:
         damaged[chance.integers(len(whole))] ^= 1 << chance.integers(8)
         files.append(bytes(damaged))
     for size in ((96, 64), (5000, 5000), (65_535, 700), (2**32 - 1, 2**32 - 1)):
+        front = container.Front(codec.model, container.RGB, *size, 50)
         bodies = (b"", bytes(40), chance.bytes(2000))
-        files += [container.write(codec.model, *size, 50, [(container.CODE, body)]) for body in bodies]
+        files += [container.write(front, [(container.CODE, body)]) for body in bodies]
     return files
 
 

@@ -1,0 +1,256 @@
+"""From a file to pixels: a band of tiles at a time, of a region only what it needs, and what is left of a damaged
+file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hourglass.codec import container, lossless, runtime
+from hourglass.codec.container import Header, Reader
+from hourglass.codec.errors import ContainerError, CorruptError
+from hourglass.codec.image import Metadata, Picture, Pixels
+from hourglass.codec.quantise import Symbols
+from hourglass.codec.settings import Region
+from hourglass.codec.tiles import Grid, Piece, Tile, patch, unpack_tile
+
+_Result = TypeVar("_Result")
+
+KINDS = {"icc": container.ICC, "exif": container.EXIF, "xmp": container.XMP, "iptc": container.IPTC}
+"""Field of `Metadata` -> kind of section."""
+
+
+class Each(Protocol):
+    """Results of `work` for tiles of a picture, in their order; several are worked on at a time."""
+
+    def __call__(
+        self, model: runtime.Model, grid: Grid, tiles: list[Tile], work: Callable[[Tile, runtime.Model], _Result], /
+    ) -> list[_Result]: ...
+
+
+class Decoding:
+    """A file of the learned codec on its way to pixels.
+
+    each: runs the work on tiles. at_once: tiles in a band, at least. salvage: what is damaged is no error but an entry
+    of `holes`, one sentence each.
+
+    Raises `ContainerError`, in construction and whenever a section is used.
+    """
+
+    def __init__(
+        self, reader: Reader, model: runtime.Model, each: Each, *, at_once: int = 1, salvage: bool = False
+    ) -> None:
+        header = reader.header
+        self.grid = Grid(header.width, header.height, model.tile.stride)
+        self.quality, self.grey = header.quality, header.colour == container.GREY
+        self.holes: list[str] = []
+        self._reader, self._model, self._each = reader, model, each
+        self._at_once, self._salvage = at_once, salvage
+        self._codes, self._alphas = header.numbers(container.CODE), header.numbers(container.ALPHA)
+        if len(self._codes) != len(self.grid):
+            raise ContainerError(
+                f"file has {len(self._codes)} tiles; model {model.id!r} has {len(self.grid)} "
+                f"for a picture of {header.width}x{header.height} pixels"
+            )
+
+    def symbols(self, tile: Tile, own: runtime.Model) -> Symbols:
+        """What a tile's section holds."""
+        return unpack_tile(own, self.quality, self._reader.payload(self._codes[tile.number]), tile)
+
+    def picture(self, region: Region, scale: int) -> Picture:
+        """A region of the picture, divided by `scale`, with alpha and metadata."""
+        colour, alpha = self._colour(region, scale), self._alpha(region, scale)
+        metadata = metadata_of(self._reader, self.holes if self._salvage else None)
+        return Picture(colour, alpha, metadata, tuple(self.holes))
+
+    def strips(self, region: Region, scale: int) -> Iterator[NDArray[np.uint8]]:
+        """The colours of a region, divided by `scale`, from top to bottom, a band of tiles at a time."""
+        x, y, width, height = region
+        grid, margin = self.grid, self._model.reach * runtime.STRIDE
+        wanted = _stretch(y, height, 0, grid.side, grid.height)
+        needed = _stretch(y, height, margin, grid.side, grid.height)
+        columns = _stretch(x, width, 0, grid.side, grid.width)
+        more_columns = _stretch(x, width, margin, grid.side, grid.width)
+        size = max(1, -(-self._at_once // len(more_columns)))
+        pieces: dict[int, Piece] = {}
+        read = needed.start
+        for first in wanted[::size]:
+            rows = range(first, min(first + size, wanted.stop))
+            upto = min(rows.stop + 1, needed.stop)
+            tiles = grid.tiles(range(read, upto), more_columns)
+            found = self._each(self._model, grid, tiles, self._piece)
+            pieces |= {tile.number: piece for tile, piece in zip(tiles, found, strict=True) if piece is not None}
+            read = upto
+            begin, end = max(y, rows.start * grid.side), min(y + height, rows.stop * grid.side)
+            yield self._band(pieces, grid.tiles(rows, columns), (x, begin, width, end - begin), scale)
+            self._forget(pieces, rows)
+
+    def _colour(self, region: Region, scale: int) -> NDArray[np.uint8]:
+        _, top, _, bottom = scaled(region, scale)
+        out, filled = None, 0
+        for strip in self.strips(region, scale):
+            if len(strip) == bottom - top:
+                return strip
+            if out is None:
+                out = np.empty((bottom - top, *strip.shape[1:]), np.uint8)
+            out[filled : filled + len(strip)] = strip
+            filled += len(strip)
+        assert out is not None  # a region has a row
+        return out
+
+    def _piece(self, tile: Tile, own: runtime.Model) -> Piece | None:
+        """None for a tile that is damaged, when salvaging."""
+        try:
+            symbols = self.symbols(tile, own)
+        except ContainerError as exc:
+            self._lose(f"tile {tile.number}", tile, exc)
+            return None
+        return Piece(symbols.latent, symbols.width)
+
+    def _lose(self, what: str, tile: Tile, error: ContainerError) -> None:
+        if not self._salvage:
+            raise error
+        self.holes.append(f"{what}, {tile.width}x{tile.height} pixels at {tile.x},{tile.y}, is lost: {error}")
+
+    def _band(self, pieces: dict[int, Piece], tiles: list[Tile], region: Region, scale: int) -> NDArray[np.uint8]:
+        """A region that lies within `tiles`; only the positions that it depends on are synthesised."""
+        left, top, right, bottom = scaled(region, scale)
+        shape = (bottom - top, right - left)
+        out = np.empty(shape if self.grey else (*shape, 3), np.uint8)
+
+        def synthesise(tile: Tile, own: runtime.Model) -> None:
+            x, y, width, height = _common(region, tile)
+            x0, y0, x1, y1 = scaled((x, y, width, height), scale)
+            into = out[y0 - top : y1 - top, x0 - left : x1 - left]
+            if tile.number not in pieces:
+                into[:] = _hole(into)
+                return
+            rows = (y - tile.y) // runtime.STRIDE, -(-(y + height - tile.y) // runtime.STRIDE)
+            columns = (x - tile.x) // runtime.STRIDE, -(-(x + width - tile.x) // runtime.STRIDE)
+            pixels = own.synthesise(patch(own, self.quality, self.grid, tile, pieces, (*rows, *columns)), scale)
+            y0 -= (tile.y + rows[0] * runtime.STRIDE) // scale
+            x0 -= (tile.x + columns[0] * runtime.STRIDE) // scale
+            into[:] = as_colour(pixels[y0 : y0 + into.shape[0], x0 : x0 + into.shape[1]], self.grey)
+
+        self._each(self._model, self.grid, tiles, synthesise)
+        return out
+
+    def _forget(self, pieces: dict[int, Piece], rows: range) -> None:
+        """Drop what the rows of tiles behind `rows` do not need: all but the lower edge of the last."""
+        for tile in self.grid.tiles(range(max(rows.start - 1, 0), rows.stop - 1)):
+            pieces.pop(tile.number, None)
+        for tile in self.grid.tiles([rows.stop - 1]):
+            if tile.number in pieces:
+                pieces[tile.number] = pieces[tile.number].bottom(self._model.halo)
+
+    def _alpha(self, region: Region, scale: int) -> NDArray[np.uint8] | None:
+        if not self._alphas:
+            return None
+        x, y, width, height = region
+        grid = self.grid
+        rows, columns = _stretch(y, height, 0, grid.side, grid.height), _stretch(x, width, 0, grid.side, grid.width)
+        left, top, right, bottom = scaled(region, scale)
+        out = np.empty((bottom - top, right - left), np.uint8)
+
+        def fill(tile: Tile, _: runtime.Model) -> None:
+            try:
+                alpha = lossless.unpack(self._reader.payload(self._alphas[tile.number]), tile.width, tile.height, 1)
+                if alpha.ndim != 2:
+                    raise CorruptError(f"the alpha of tile {tile.number} has an alpha itself")
+            except CorruptError as exc:
+                self._lose(f"the alpha of tile {tile.number}", tile, exc)
+                alpha = np.full((tile.height, tile.width), 255, np.uint8)
+            x0, y0, x1, y1 = scaled(_common(region, tile), scale)
+            small = reduced(alpha, scale)[y0 - tile.y // scale : y1 - tile.y // scale]
+            out[y0 - top : y1 - top, x0 - left : x1 - left] = small[:, x0 - tile.x // scale : x1 - tile.x // scale]
+
+        self._each(self._model, grid, grid.tiles(rows, columns), fill)
+        return out
+
+
+def unstored(reader: Reader, region: Region, scale: int) -> Picture:
+    """A region of a picture that is stored losslessly, divided by `scale`. Raises `CorruptError`, `LimitError`."""
+    header = reader.header
+    reader.limits.check_size(header.width, header.height)
+    (number,) = header.numbers(container.LOSSLESS)
+    pixels = lossless.unpack(reader.payload(number), header.width, header.height, header.colour)
+    left, top, right, bottom = scaled(region, scale)
+    x, y, width, height = region
+    pixels = reduced(pixels, scale)[top:bottom, left:right] if scale > 1 else pixels[y : y + height, x : x + width]
+    opaque = pixels.ndim == 2 or pixels.shape[2] == 3
+    colour = pixels if opaque else pixels[..., 0] if pixels.shape[2] == 2 else pixels[..., :3]
+    alpha = None if opaque else np.ascontiguousarray(pixels[..., -1])
+    return Picture(np.ascontiguousarray(colour), alpha, metadata_of(reader))
+
+
+def metadata_of(reader: Reader, holes: list[str] | None = None) -> Metadata:
+    """A file's metadata. holes: where to say what is damaged; None makes that an error.
+
+    Raises `CorruptError`, `LimitError`.
+    """
+    found: dict[str, Any] = {}
+    room = reader.limits.metadata_bytes
+    for name, kind in KINDS.items():
+        for number in reader.header.numbers(kind):
+            try:
+                found[name] = container.inflate(reader.payload(number), room)
+            except CorruptError as exc:
+                if holes is None:
+                    raise
+                holes.append(f"{name} metadata is lost: {exc}")
+            else:
+                room -= len(found[name])
+    return Metadata(**found)
+
+
+def whole(header: Header) -> Region:
+    """The region that is all of a picture."""
+    return 0, 0, header.width, header.height
+
+
+def scaled(region: Region, scale: int) -> tuple[int, int, int, int]:
+    """First and last (exclusive) column and row of a region in a picture that is divided by `scale`: x, y, x, y."""
+    x, y, width, height = region
+    return x // scale, y // scale, -(-(x + width) // scale), -(-(y + height) // scale)
+
+
+def reduced(pixels: Pixels, scale: int) -> Pixels:
+    """Means of scale x scale pixels; where the picture ends it is padded with its last row and column."""
+    if scale == 1:
+        return pixels
+    height, width = pixels.shape[:2]
+    padding = [(0, -height % scale), (0, -width % scale), *[(0, 0)] * (pixels.ndim - 2)]
+    padded = np.pad(pixels, padding, mode="edge")
+    shape = (len(padded) // scale, scale, padded.shape[1] // scale, scale, *pixels.shape[2:])
+    sums = padded.reshape(shape).sum((1, 3), dtype=np.uint32)
+    return np.asarray((sums + scale * scale // 2) // (scale * scale), np.uint8)
+
+
+def as_colour(pixels: NDArray[np.uint8], grey: bool) -> NDArray[np.uint8]:
+    """(h, w, 3) as it is, or (h, w): the mean of the three."""
+    if not grey:
+        return pixels
+    return np.asarray((pixels.sum(2, dtype=np.uint16) + 1) // 3, np.uint8)
+
+
+def _common(region: Region, tile: Tile) -> Region:
+    """The part of a region that lies in a tile."""
+    x, y, width, height = region
+    x0, y0 = max(x, tile.x), max(y, tile.y)
+    return x0, y0, min(x + width, tile.x + tile.width) - x0, min(y + height, tile.y + tile.height) - y0
+
+
+def _stretch(begin: int, size: int, margin: int, side: int, end: int) -> range:
+    """Rows (or columns) of tiles that a stretch of pixels and a margin around it lie in."""
+    return range(max(begin - margin, 0) // side, -(-min(begin + size + margin, end) // side))
+
+
+def _hole(like: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A chequer of two greys, in place of what is lost."""
+    rows, columns = np.ogrid[: like.shape[0], : like.shape[1]]
+    chequer = np.where((rows // 8 + columns // 8) % 2, 96, 160).astype(np.uint8)
+    return chequer if like.ndim == 2 else chequer[..., None]

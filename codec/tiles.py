@@ -1,0 +1,239 @@
+"""One tile of a picture: which there are, its symbols <-> the bytes of its section, its latents and those around it.
+
+A picture is cut into tiles that are coded each by itself. The transforms look a little beyond a tile's edges, so that
+no seam shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hourglass.codec import entropy, prior, runtime
+from hourglass.codec.errors import CodeError, ContainerError, CorruptError
+from hourglass.codec.quantise import Part, Symbols, dequantise, hyper_tables, narrow
+
+_HEAD = struct.Struct("<IB")  # CRC-32 of the symbols, width
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of a picture that is coded by itself: its number in raster order, corner and size in pixels."""
+
+    number: int
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tiles of a picture of width x height pixels; the last ones of a row or column may be smaller than `side`."""
+
+    width: int
+    height: int
+    side: int
+
+    @property
+    def across(self) -> int:
+        return -(-self.width // self.side)
+
+    @property
+    def down(self) -> int:
+        return -(-self.height // self.side)
+
+    def __len__(self) -> int:
+        return self.across * self.down
+
+    def tile(self, row: int, column: int) -> Tile:
+        x, y, side = column * self.side, row * self.side, self.side
+        return Tile(row * self.across + column, x, y, min(side, self.width - x), min(side, self.height - y))
+
+    def tiles(self, rows: Iterable[int] | None = None, columns: Iterable[int] | None = None) -> list[Tile]:
+        """Those of some rows and columns, by default of all, in raster order."""
+        places = itertools.product(
+            range(self.down) if rows is None else rows, range(self.across) if columns is None else list(columns)
+        )
+        return [self.tile(row, column) for row, column in places]
+
+    def bands(self, at_once: int) -> list[range]:
+        """All rows of tiles, in runs that have `at_once` tiles or more, where there are so many."""
+        size = max(1, -(-at_once // self.across))
+        return [range(row, min(row + size, self.down)) for row in range(0, self.down, size)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a tile's latent (c, h, w), dequantised in 1/16 symbols, and the number of the first among the tile's."""
+
+    latent: NDArray[np.float32]
+    width: int
+    top: int = 0
+
+    def bottom(self, count: int) -> Piece:
+        """The last `count` rows alone."""
+        skipped = self.latent.shape[1] - count
+        return Piece(self.latent[:, skipped:].copy(), self.width, skipped)
+
+
+def patch(
+    model: runtime.Model,
+    quality: float,
+    grid: Grid,
+    tile: Tile,
+    pieces: Mapping[int, Piece],
+    window: tuple[int, int, int, int] | None = None,
+) -> runtime.Patch:
+    """The latents of a tile and, where there are some, of its model's `halo` around it, dequantised.
+
+    pieces: by number those of the tile and its neighbours; what is missing is zero. window: first and last row, first
+    and last column (exclusive) of those of the tile that are wanted; the patch has what these depend on.
+    """
+    halo, side = model.halo, grid.side // runtime.STRIDE
+    rows, columns = -(-tile.height // runtime.STRIDE), -(-tile.width // runtime.STRIDE)
+    if tile.y + tile.height == grid.height:  # behind the picture's end lie the positions that pad it
+        rows += -rows % 4
+    if tile.x + tile.width == grid.width:
+        columns += -columns % 4
+    y0, y1, x0, x1 = window or (0, rows, 0, columns)
+    top = max(y0 - model.reach, -halo if tile.y else 0)
+    left = max(x0 - model.reach, -halo if tile.x else 0)
+    bottom = min(y1 + model.reach, rows + (halo if tile.y + tile.height < grid.height else 0))
+    right = min(x1 + model.reach, columns + (halo if tile.x + tile.width < grid.width else 0))
+    height, width = bottom - top, right - left
+    row, column = divmod(tile.number, grid.across)
+    around = [
+        (y, x, pieces[number])
+        for y, x in itertools.product((-1, 0, 1), repeat=2)
+        if 0 <= column + x < grid.across and (number := (row + y) * grid.across + column + x) in pieces
+    ]
+    core = np.zeros((1, 4 * model.core, height, width), np.float32)
+    all_zero = all(model.widths[piece.width] <= model.core for _, _, piece in around)
+    others = (1, model.latent.channels - 4 * model.core)
+    rest = np.zeros((*others, 1, 1) if all_zero else (*others, height, width), np.float32)
+    for down, across, piece in around:
+        # Where this piece lies in the patch.
+        y, x = down * side + piece.top - top, across * side - left
+        latent = piece.latent[:, max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
+        y, x = max(y, 0), max(x, 0)
+        place = np.s_[0, :, y : y + latent.shape[1], x : x + latent.shape[2]]
+        if latent.size:
+            dequantise(model, quality, latent, core[place], None if all_zero else rest[place])
+    return runtime.Patch(core, rest, (y0 - top, y1 - top, x0 - left, x1 - left))
+
+
+def pack_tile(model: runtime.Model, quality: float, symbols: Symbols) -> bytes:
+    """Symbols -> the bytes of a section. Raises `CodeError`."""
+    encoder = entropy.Encoder(model.tables)
+    try:
+        for values, tables in symbols.parts:
+            encoder.put(values, tables)
+    except ValueError as exc:
+        raise CodeError(f"code of model {model.id!r} at quality {quality:g} cannot be coded: {exc}") from exc
+    return _HEAD.pack(_crc(symbols), symbols.width) + encoder.finish()
+
+
+def unpack_tile(model: runtime.Model, quality: float, section: memoryview, tile: Tile) -> Symbols:
+    """Inverse of `pack_tile`. Raises `ContainerError`, `CorruptError`."""
+    if len(section) < _HEAD.size:
+        raise ContainerError(f"code section has {len(section)} bytes; expected {_HEAD.size} or more")
+    crc, width = _HEAD.unpack_from(section)
+    if width >= len(model.widths):
+        raise ContainerError(f"tile {tile.number} has width {width}; model {model.id!r} has {len(model.widths)}")
+    decoder = entropy.Decoder(section[_HEAD.size :], model.tables)
+    parts: list[Part] = []
+
+    def decode(tables: NDArray[np.uint8]) -> NDArray[np.int16]:
+        parts.append((decoder.get(tables), tables))
+        return parts[-1][0]
+
+    z = decode(hyper_tables(model, quality, model.hyper.shape(tile.width, tile.height)))
+    _, rows, columns = model.latent.shape(tile.width, tile.height)
+    y, latent = prior.walk(model, quality, z, rows, columns, width, lambda _step, tables, _mean: decode(tables))
+    decoder.finish()
+    symbols = Symbols(y, z, width, parts, latent)
+    if _crc(symbols) != crc:
+        raise CorruptError(f"the decoded symbols of tile {tile.number} do not match their checksum")
+    return symbols
+
+
+def walk_tile(
+    model: runtime.Model,
+    quality: float,
+    whole: NDArray[np.int16],
+    z: NDArray[np.int16],
+    coded: int,
+    number: int,
+) -> Symbols:
+    """What the prior makes of a tile's symbols that came from outside: of all channels, and how many are coded.
+
+    Raises `CodeError`.
+    """
+    if coded not in [4 * count for count in model.widths]:
+        expected = ", ".join(str(4 * count) for count in model.widths)
+        raise CodeError(f"{model.tile.name} of tile {number} is {coded}; expected one of {expected}")
+    y = narrow(whole, coded // 4)
+    if np.count_nonzero(y) != np.count_nonzero(whole):
+        raise CodeError(f"tile {number} has {coded} channels that are coded, and symbols in other ones")
+    padded = np.zeros((len(y), 4 * z.shape[1], 4 * z.shape[2]), np.int16)
+    padded[:, : y.shape[1], : y.shape[2]] = y
+    parts: list[Part] = [(z, hyper_tables(model, quality, z.shape))]
+
+    def take(step: int, tables: NDArray[np.uint8], _mean: NDArray[np.int16]) -> NDArray[np.int16]:
+        parts.append((prior.gather(padded, step), tables))
+        return parts[-1][0]
+
+    index = model.widths.index(coded // 4)
+    _, latent = prior.walk(model, quality, z, y.shape[1], y.shape[2], index, take)
+    return Symbols(y, z, index, parts, latent)
+
+
+def conceal(colour: NDArray[np.uint8], alpha: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """`colour` (H, W) or (H, W, 3) with something smooth where `alpha` (H, W) is 0: what lies there cannot be seen.
+
+    Each block of `side` pixels by itself: hidden pixels get the mean of the visible ones near them, from a pyramid of
+    means of 2x2.
+    """
+    out = colour.copy()
+    for y, x in itertools.product(range(0, alpha.shape[0], side), range(0, alpha.shape[1], side)):
+        visible = alpha[y : y + side, x : x + side] > 0
+        if not visible.all():
+            block = out[y : y + side, x : x + side]
+            smooth = _filled(block.reshape(*visible.shape, -1).astype(np.float32), visible.astype(np.float32))
+            block[~visible] = np.rint(smooth).astype(np.uint8).reshape(block.shape)[~visible]
+    return out
+
+
+def _filled(values: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """values (h, w, c) where weight (h, w) is 1; elsewhere the mean of a coarser and coarser neighbourhood."""
+    if weight.all() or not weight.any():
+        return values
+    height, width = weight.shape
+    even = ((0, height % 2), (0, width % 2))
+    sums = _halved(np.pad(values * weight[..., None], (*even, (0, 0))))
+    counts = _halved(np.pad(weight, even)[..., None])
+    coarse = np.asarray(sums / np.maximum(counts, 1), np.float32)
+    coarse = _filled(coarse, np.asarray(counts[..., 0] > 0, np.float32))
+    fine = coarse.repeat(2, 0).repeat(2, 1)[:height, :width]
+    return np.where(weight[..., None] > 0, values, fine)
+
+
+def _halved(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sums of 2x2 neighbours."""
+    halved: NDArray[np.float32] = values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]
+    return halved
+
+
+def _crc(tile: Symbols) -> int:
+    """CRC-32 of all symbols that are coded: of y, then of z."""
+    crc = 0
+    for tensor in (tile.y, tile.z):
+        crc = zlib.crc32(np.ascontiguousarray(tensor, "<i2").data, crc)
+    return crc

@@ -155,9 +155,8 @@ class Reader:
         if isinstance(self.source, (str, os.PathLike)):
             self._file = Path(self.source).open("rb")  # noqa: SIM115  # closed by `close`
             if not self._file.seekable():
-                data = self._file.read(self.limits.file_bytes + 1)
-                self._file.close()
-                self._file = io.BytesIO(data)
+                with self._file as pipe:
+                    self._file = _held(pipe, self.limits.file_bytes)
             self.size = self._file.seek(0, io.SEEK_END)
         elif isinstance(self.source, (bytes, bytearray, memoryview)):
             view = memoryview(self.source)
@@ -208,7 +207,16 @@ class Reader:
             return self._view[begin : begin + length]
         with self._lock:
             self._file.seek(begin)
-            return memoryview(self._file.read(length))
+            # `read` allocates all that it is asked for, before it knows that there is less.
+            return memoryview(self._file.read(max(min(length, self.size - begin), 0)))
+
+
+def _held(pipe: BinaryIO, most: int) -> io.BytesIO:
+    """What comes out of a pipe, or the first bytes of it where there are more than `most`."""
+    held = io.BytesIO()
+    while held.tell() <= most and (part := pipe.read(1 << 20)):
+        held.write(part)
+    return held
 
 
 def read_header(data: FileSource, limits: Limits | None = None) -> Header:

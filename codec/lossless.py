@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec.errors import CorruptError
+from hourglass.codec.reader import quiet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,7 +65,7 @@ def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> 
         shape = (height, width) if len(data) == 1 else (height, width, len(data))
         return np.broadcast_to(flat[0] if len(data) == 1 else flat, shape)
     try:
-        with Image.open(io.BytesIO(data), formats=("WEBP", "PNG")) as opened:
+        with quiet(), Image.open(io.BytesIO(data), formats=("WEBP", "PNG")) as opened:
             if opened.size != (width, height) or getattr(opened, "n_frames", 1) != 1:
                 raise CorruptError(f"picture without loss is {opened.size}; its file says {(width, height)}")
             alpha = opened.has_transparency_data

@@ -135,7 +135,7 @@ class CodecServicer:
                 answer, picture = await self._decode_to(call.record, request, self._code_source(request.code))
             else:
                 answer, picture = await self._decode_to(
-                    call.record, request, await self._file_source(call.record, data)
+                    call.record, request, await self._file_source(call.record, request, data)
                 )
         if isinstance(picture, np.ndarray):
             answer.pixels.CopyFrom(convert.pixels_to_message(picture, samples=False))
@@ -242,7 +242,7 @@ class CodecServicer:
         _check_format(request)
         match request.WhichOneof("source"):
             case "file":
-                source = await self._file_source(record, request.file)
+                source = await self._file_source(record, request, request.file)
             case "code":
                 source = self._code_source(request.code)
             case _:
@@ -292,10 +292,16 @@ class CodecServicer:
         with record.hop("header"):
             return _Source(data, await self._look(lambda: _size_of(data, self._codec.limits)))
 
-    async def _file_source(self, record: Record, data: bytes) -> _Source:
+    async def _file_source(self, record: Record, request: pb.DecodeRequest, data: bytes) -> _Source:
         with record.hop("header"):
             header = await self._look(lambda: self._codec.read_header(data))
-        return _Source(data, (header.width, header.height))
+        if request.HasField("region"):
+            size = request.region.width, request.region.height
+        else:
+            size = header.width, header.height
+        scale = request.scale or 1
+        self._codec.limits.check_size(-(-size[0] // scale), -(-size[1] // scale))
+        return _Source(data, size)
 
     def _code_source(self, code: pb.Code) -> _Source:
         self._codec.limits.check_size(code.width, code.height)

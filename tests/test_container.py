@@ -83,7 +83,8 @@ def test_header_says_what_was_encoded(codec: Codec) -> None:
 def test_golden_file_decodes_for_ever(path: Path, codec: Codec) -> None:
     """Equal symbols (their checksum is in the file), and pixels within one grey level of those first decoded."""
     decoded = codec.decode(path)
-    expected = image.read(path.with_suffix(".png"))
+    expected = image.load(path.with_suffix(".png")).pixels
+    assert decoded.shape == expected.shape
     assert abs(decoded.astype(int) - expected).max() <= 1
 
 
@@ -105,7 +106,7 @@ def test_damage_of_every_byte(small: bytes, codec: Codec) -> None:
         for change in (0x01, 0x80, 0xFF):
             damaged = bytearray(small)
             damaged[place] ^= change
-            with pytest.raises(errors.ContainerError):
+            with pytest.raises((errors.ContainerError, errors.LimitError)):  # a header may claim a million sections
                 codec.decode(damaged)
 
 

@@ -186,10 +186,10 @@ def test_client_model(address: str, parrots: Path, codec: Codec) -> None:
 
 
 def test_losses_travel(client: Client, tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    with pytest.warns(errors.LossWarning, match="2 frames"):
-        client.encode(tmp_path / "moving.gif")
+    pages = [Image.new("RGB", (20, 20), (60 * number, 0, 0)) for number in range(3)]
+    pages[0].save(tmp_path / "film.gif", save_all=True, append_images=pages[1:])
+    with pytest.warns(errors.LossWarning, match="3 frames"):
+        client.encode(tmp_path / "film.gif")
 
 
 def test_large_pictures_pass(client: Client, codec: Codec) -> None:

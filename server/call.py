@@ -113,7 +113,8 @@ class Desk:
             try:
                 await self._run(method, Call(context, record, self._idle), light)
             except asyncio.CancelledError:
-                record.code = "CANCELLED" if (context.time_remaining() or 1.0) > 0 else "DEADLINE_EXCEEDED"
+                left = context.time_remaining()
+                record.code = "CANCELLED" if left is None or left > 0 else "DEADLINE_EXCEEDED"
                 raise
             except Exception as error:  # whatever it is, it becomes a status
                 while isinstance(error, ExceptionGroup):

@@ -82,21 +82,19 @@ def test_buf_asks_for_health(address: str) -> None:
     assert json.loads(done.stdout) == {"status": "SERVING"}, done.stderr
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def test_buf_finds_nothing_broken() -> None:
-    """The proto against that of the last commit."""
-    root = HERE.parent
-    if subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, check=False).returncode:
-        pytest.skip("this is no git checkout")
-    against = f"{root / '.git'}#ref=HEAD,subdir=proto"
-    if not (root / ".git").is_dir():  # a worktree
-        folder = subprocess.run(
-            ["git", "rev-parse", "--git-common-dir"], cwd=root, capture_output=True, text=True, check=True
-        )
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        against = f"{folder.stdout.strip()}#ref={head.stdout.strip()},subdir=proto"
-    done = subprocess.run(
-        [BUF, "breaking", "--against", against], cwd=PROTO, capture_output=True, text=True, check=False
-    )
+    """The proto against that of the last commit: the one before, where this one is committed already."""
+    folder = _git("rev-parse", "--path-format=absolute", "--git-common-dir")
+    last = _git("rev-parse", "--verify", "HEAD" if _git("status", "--porcelain", "proto") else "HEAD~1")
+    if not last:
+        pytest.skip("there is no commit to compare with")
+    command = [BUF, "breaking", "--against", f"{folder}#ref={last},subdir=proto"]
+    done = subprocess.run(command, cwd=PROTO, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 

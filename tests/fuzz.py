@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what takes bytes from outside, with atheris (`pip install -e '.[fuzz]'`).
 
-    python tests/fuzz.py --decode -max_total_time=2100 -timeout=5 -rss_limit_mb=2048 CORPUS tests/bad/decode
+    python tests/fuzz.py --decode -max_total_time=2100 -timeout=60 -rss_limit_mb=2048 CORPUS tests/bad/decode
 
 The first argument is the target:
 
@@ -9,10 +9,10 @@ The first argument is the target:
     --picture  a picture file, loaded as for encoding
 
 All others are libFuzzer's (-help=1 lists them). CORPUS is a folder for what is found; where it is missing it is made,
-with seeds. The only exceptions that may leave a target are `HourglassError`s; any other, a run of more than 5 seconds,
-and more memory than the limit, ends the run and leaves a file crash-..., timeout-... or oom-... behind
-(-artifact_prefix says where). Put it into tests/bad/TARGET, where tests/test_hostile.py tries it for ever after, and
-mend the codec.
+with seeds. The only exceptions that may leave a target are `HourglassError`s. Any other ends the run, and so do 5
+seconds of a core, a minute by the clock, and more memory than the limit; a file crash-..., timeout-... or oom-... is
+left behind (-artifact_prefix says where). Put it into tests/bad/TARGET, where tests/test_hostile.py tries it for ever
+after, and mend the codec.
 
     python tests/fuzz.py --decode -merge=1 tests/bad/decode CORPUS
 
@@ -30,6 +30,7 @@ import io
 import random
 import struct
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -67,10 +68,11 @@ from PIL import Image
 LIMITS = Limits(pixels=1 << 15, file_bytes=1 << 20, sections=64, metadata_bytes=1 << 16)
 """Small, so that a run is short; what they refuse is refused as with larger ones."""
 
-TILE = 1024
-"""Pixels a side of a tile, for files that have as many sections as tiles."""
+SECONDS = 5
+"""Of a core, that a run may take."""
 
 _VIEW = 6
+_FRONTS = {"parse": 0, "decode": _VIEW, "picture": 1}
 _FORMATS = (None, *sorted(image.HOLDS))
 _METADATA = (ICC, EXIF, XMP, IPTC)
 
@@ -78,6 +80,10 @@ _METADATA = (ICC, EXIF, XMP, IPTC)
 @cache
 def codec() -> Codec:
     return Codec(threads=1, limits=LIMITS)
+
+
+TILE = next(model.tensors[-1].stride for model in codec().models() if model.id == codec().model)
+"""Pixels a side of a tile, for files that have as many sections as tiles."""
 
 
 def parse(data: bytes) -> None:
@@ -141,8 +147,10 @@ def run(target: str, data: bytes) -> None:
     """One run of a target. Whatever leaves it is a fault of the codec."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        began = time.process_time()
         with suppress(HourglassError):
             TARGETS[target](data)
+        assert time.process_time() - began < SECONDS, "took too long"
 
 
 def _decoded(file: bytes, view: View, format: str | None) -> bool:
@@ -165,6 +173,16 @@ def _written(decoded: image.Picture, format: str | None) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", errors.LossWarning)
             image.write(decoded, format)
+
+
+def renewed(target: str, data: bytes) -> bytes:
+    """An input that names a model that is no more, with the present one in its place."""
+    front = _FRONTS[target]
+    file = _File.take_apart(data[front:])
+    known = [info.id.encode() for info in codec().models()]
+    if file is None or not file.model.startswith(b"hourglass-") or file.model in known:
+        return data
+    return data[:front] + replace(file, model=codec().model.encode()).put_together()
 
 
 class _Any:
@@ -458,7 +476,7 @@ _CHANGES = (
 def mutate(target: str, data: bytes, most: int, seed: int, plain: _Mutate) -> bytes:
     """Another input made of `data`. plain: libFuzzer's own mutation."""
     rng = random.Random(seed)
-    front = {"parse": 0, "decode": _VIEW, "picture": 1}[target]
+    front = _FRONTS[target]
     options, rest = data[:front].ljust(front, b"\0"), data[front:]
     if front and rng.random() < 0.15:
         options = rng.randbytes(front)

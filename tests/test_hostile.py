@@ -40,7 +40,7 @@ from hourglass.codec.container import ALPHA, CODE, EXIF, ICC, LOSSLESS, XMP, Fro
 HERE = Path(__file__).parent
 BAD = HERE / "bad"
 EVERY_BIT = bool(os.environ.get("HOURGLASS_EVERY_BIT"))
-FEW = 250
+FEW = 120
 """Bits, and lengths, of a golden file that are tried in a run that is not asked for all."""
 
 
@@ -113,7 +113,7 @@ def test_what_the_fuzzer_found(target: str) -> None:
     for path in files:
         begin = time.process_time()
         try:
-            fuzz.run(target, path.read_bytes())
+            fuzz.run(target, fuzz.renewed(target, path.read_bytes()))
         except Exception as exc:
             raise AssertionError(f"{path.name} makes the codec raise {exc!r}") from exc
         assert time.process_time() - begin < 5, path.name
@@ -195,7 +195,7 @@ def test_salvage_says_what_is_damaged(small: list[Small], codec: Codec) -> None:
     """With salvage damage is an error, or a loss; where there is no loss the picture is the same."""
     rng = random.Random(3)
     for one in small:
-        for bit in rng.sample(range(8 * len(one.data)), 25):
+        for bit in rng.sample(range(8 * len(one.data)), 12):
             try:
                 decoded = codec.decode_picture(_flipped(one.data, bit), salvage=True)
             except HourglassError:
@@ -206,7 +206,7 @@ def test_salvage_says_what_is_damaged(small: list[Small], codec: Codec) -> None:
 
 def test_damage_elsewhere_does_not_change_a_region(codec: Codec) -> None:
     """A region is decoded from its own tiles alone; the others may be damaged, and it stays what it was."""
-    pixels = np.random.default_rng(2).integers(0, 256, (16, fuzz.TILE + 700, 3)).astype(np.uint8)
+    pixels = np.random.default_rng(2).integers(0, 256, (16, fuzz.TILE + 300, 3)).astype(np.uint8)
     data = codec.encode(pixels, quality=20, effort="fast", fallback=False)
     region = (4, 0, 16, 16)
     expected = codec.decode_picture(data, region=region)
@@ -251,7 +251,7 @@ def _pictures(draw: st.DrawFn) -> Picture:
     return Picture(layer(shape), None if alpha is None or alpha.min() == 255 else alpha, metadata)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(picture=_pictures(), hundredths=st.integers(0, 10_000), fallback=st.booleans())
 def test_round_trip(picture: Picture, hundredths: int, fallback: bool) -> None:
     codec = fuzz.codec()
@@ -572,7 +572,7 @@ def test_hostile_metadata_does_not_break_writers(format: str, codec: Codec) -> N
     exif = Image.Exif()
     exif.update({0x0112: 1, 0x010E: "what", 0x8769: {0x829A: (1, 60)}, 0x8825: {1: "N"}})
     whole = exif.tobytes().removeprefix(b"Exif\0\0")
-    for turn in range(60):
+    for turn in range(24):
         broken = bytearray(whole)
         for _ in range(turn % 4):
             broken[rng.randrange(len(broken))] = rng.choice((0, 1, 3, 127, 255))

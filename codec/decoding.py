@@ -48,7 +48,7 @@ class Decoding:
         self.grid = Grid(header.width, header.height, model.tile.stride)
         self.quality, self.grey = header.quality, header.colour == container.GREY
         self.holes: list[str] = []
-        self._reader, self._model, self._each = reader, model, each
+        self.model, self._reader, self._each = model, reader, each
         self._at_once, self._salvage = at_once, salvage
         self._codes, self._alphas = header.numbers(container.CODE), header.numbers(container.ALPHA)
         if len(self._codes) != len(self.grid):
@@ -70,7 +70,7 @@ class Decoding:
     def strips(self, region: Region, scale: int) -> Iterator[NDArray[np.uint8]]:
         """The colours of a region, divided by `scale`, from top to bottom, a band of tiles at a time."""
         x, y, width, height = region
-        grid, margin = self.grid, self._model.reach * runtime.STRIDE
+        grid, margin = self.grid, self.model.reach * runtime.STRIDE
         wanted = _stretch(y, height, 0, grid.side, grid.height)
         needed = _stretch(y, height, margin, grid.side, grid.height)
         columns = _stretch(x, width, 0, grid.side, grid.width)
@@ -82,7 +82,7 @@ class Decoding:
             rows = range(first, min(first + size, wanted.stop))
             upto = min(rows.stop + 1, needed.stop)
             tiles = grid.tiles(range(read, upto), more_columns)
-            found = self._each(self._model, grid, tiles, self._piece)
+            found = self._each(self.model, grid, tiles, self._piece)
             pieces |= {tile.number: piece for tile, piece in zip(tiles, found, strict=True) if piece is not None}
             read = upto
             begin, end = max(y, rows.start * grid.side), min(y + height, rows.stop * grid.side)
@@ -136,7 +136,7 @@ class Decoding:
             x0 -= (tile.x + columns[0] * runtime.STRIDE) // scale
             into[:] = as_colour(pixels[y0 : y0 + into.shape[0], x0 : x0 + into.shape[1]], self.grey)
 
-        self._each(self._model, self.grid, tiles, synthesise)
+        self._each(self.model, self.grid, tiles, synthesise)
         return out
 
     def _forget(self, pieces: dict[int, Piece], rows: range) -> None:
@@ -145,7 +145,7 @@ class Decoding:
             pieces.pop(tile.number, None)
         for tile in self.grid.tiles([rows.stop - 1]):
             if tile.number in pieces:
-                pieces[tile.number] = pieces[tile.number].bottom(self._model.halo)
+                pieces[tile.number] = pieces[tile.number].bottom(self.model.halo)
 
     def _alpha(self, region: Region, scale: int) -> NDArray[np.uint8] | None:
         if not self._alphas:
@@ -168,7 +168,7 @@ class Decoding:
             small = reduced(alpha, scale)[y0 - tile.y // scale : y1 - tile.y // scale]
             out[y0 - top : y1 - top, x0 - left : x1 - left] = small[:, x0 - tile.x // scale : x1 - tile.x // scale]
 
-        self._each(self._model, grid, grid.tiles(rows, columns), fill)
+        self._each(self.model, grid, grid.tiles(rows, columns), fill)
         return out
 
 

@@ -281,21 +281,13 @@ class Codec:
         Raises `ContainerError` (with `CorruptError`), `LimitError`, `UnknownModelError`, `OSError`, and `CodeError`
         for a picture that is stored losslessly.
         """
-        with Reader(data, self.limits) as reader:
-            header = reader.header
-            reader.check_length()
-            self.limits.check_size(header.width, header.height)
-            if header.lossless:
-                raise CodeError("the picture is stored losslessly: the file has no code; decode it")
-            decoding, model = self._decoding(reader), self._model(header.model)
-            symbols = self._each(model, decoding.grid, decoding.grid.tiles(), decoding.symbols)
-        return _code(model, header.quality, decoding.grid, decoding.grey, symbols)
+        decoding, symbols = self._unpacked(data)
+        return _code(decoding.model, decoding.quality, decoding.grid, decoding.grey, symbols)
 
     def measure(self, image: ImageSource | Picture, coded: Code | FileSource) -> Distortion:
-        """PSNR and MS-SSIM between a picture and what a Code or a file decodes to, as seen on white. Raises as
-        `decode`.
+        """PSNR and MS-SSIM between a picture and what a Code or a file decodes to, on white where there is alpha.
 
-        `image` is taken with its metadata, unless it is a Picture already.
+        Raises as `decode`.
         """
         original = self._load(image, {})
         decoded = Picture(self.synthesise(coded)) if isinstance(coded, Code) else self.decode_picture(coded)
@@ -331,6 +323,7 @@ class Codec:
         check_settings(settings)
         if isinstance(source, Picture):
             self.limits.check_size(source.width, source.height)
+            self.limits.check_metadata(source.metadata.size)
             return source
         keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
         return image.load(source, self.limits, keep=keep, srgb=srgb, frame=frame)
@@ -368,9 +361,7 @@ class Codec:
         bands: Iterable[tuple[range, int, NDArray[np.uint8]]],
         work: Callable[[runtime.Model, Analysed], _Result],
     ) -> Iterator[list[_Result]]:
-        """What `work` makes of the tiles, band by band: (rows of tiles, row of pixels where its pixels begin,
-        pixels).
-        """
+        """What `work` makes of the tiles, band by band. bands: rows of tiles, row where the pixels begin, pixels."""
         for rows, top, pixels in bands:
 
             def analyse(tile: Tile, own: runtime.Model, top: int = top, pixels: NDArray[np.uint8] = pixels) -> _Result:
@@ -399,11 +390,11 @@ class Codec:
         thorough = settings.get("effort") == "best"
         outlook = lossless.Outlook(picture.pixels) if settings.get("fallback", True) else None
         grid = Grid(picture.width, picture.height, self._model(self.model).tile.stride)
+        limit = self._limit(picture, source, settings)
         if outlook and outlook.is_nearly_empty:
             stored = _stored(picture, thorough)
-            if len(stored) <= _LEAST_TILE * len(grid):
+            if len(stored) <= min(_LEAST_TILE * len(grid), limit or math.inf):
                 return stored
-        limit = self._limit(picture, source, settings)
         try:
             data = self._coded(picture, source, settings)
         except InvalidArgument:
@@ -525,6 +516,18 @@ class Codec:
         model = self._model(reader.header.model)
         return Decoding(reader, model, self._each, at_once=2 * self._threads, salvage=salvage)
 
+    def _unpacked(self, data: FileSource) -> tuple[Decoding, list[Symbols]]:
+        """The symbols of a file, tile by tile. Raises as `unpack`."""
+        with Reader(data, self.limits) as reader:
+            header = reader.header
+            reader.check_length()
+            self.limits.check_size(header.width, header.height)
+            if header.lossless:
+                raise CodeError("the picture is stored losslessly: the file has no code; decode it")
+            decoding = self._decoding(reader)
+            tiles = decoding.grid.tiles()
+            return decoding, self._each(decoding.model, decoding.grid, tiles, decoding.symbols)
+
     def _walked(self, code: Code) -> tuple[runtime.Model, Grid, list[Symbols]]:
         """What the prior makes of a code that came from outside, after comparing the code with its model's rules."""
         if code.width < 1 or code.height < 1:
@@ -594,9 +597,7 @@ def _whole_bands(colour: NDArray[np.uint8], bands: list[range]) -> Iterator[tupl
 def _strip_bands(
     strips: Strips, grid: Grid, bands: list[range], halo: int
 ) -> Iterator[tuple[range, int, NDArray[np.uint8]]]:
-    """What `_analysed_bands` takes, of a picture that is read from top to bottom; bands overlap by the analysis'
-    halo.
-    """
+    """What `_analysed_bands` takes, of a picture that is read from top to bottom. halo: rows that the bands overlap."""
     kept = np.empty((0,), np.uint8)
     top = bottom = 0
     for rows in bands:

@@ -85,8 +85,7 @@ def own_points(pixels: Pixels, coder: codec.Codec, effort: codec.Effort) -> dict
     near = min(range(101), key=lambda quality: abs(sizes[quality] - goal))
     tables = coder._model(coder.model).tables
     ideal = [
-        sum(entropy.ideal_bits(*part, tables) for tile in coder._unpack(files[quality]).tiles for part in tile.parts)
-        / 8
+        sum(entropy.ideal_bits(*part, tables) for tile in coder._unpacked(files[quality])[1] for part in tile.parts) / 8
         for quality in QUALITIES
     ]
     return {"points": [own_point(q) for q in QUALITIES], "near": own_point(near), "sizes": sizes, "ideal": ideal}

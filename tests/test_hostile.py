@@ -519,7 +519,7 @@ import resource, sys, warnings
 from pathlib import Path
 from hourglass.codec import Codec, HourglassError, image
 
-warnings.simplefilter("error")
+warnings.simplefilter("always")
 codec = Codec()
 codec.warm_up()
 image.load(Path(sys.argv[1]).read_bytes())

@@ -63,7 +63,7 @@ with _instrumented:
     from hourglass.codec.settings import View
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 LIMITS = Limits(pixels=1 << 15, file_bytes=1 << 20, sections=64, metadata_bytes=1 << 16)
 """Small, so that a run is short; what they refuse is refused as with larger ones."""
@@ -274,9 +274,17 @@ def _picture_seeds() -> Iterator[bytes]:
             options += 37
     turned = Image.Exif()
     turned[0x0112] = 6
+    told = PngImagePlugin.PngInfo()
+    told.add_itxt("XML:com.adobe.xmp", _metadata().xmp.decode(), zip=True)
+    told.add_text("Raw profile type iptc", "\niptc\n      12\n1c0205000461626364000000\n", zip=True)
+    told.add_text("Raw profile type exif", "\nexif\n      14\n457869660000" + "49492a0008000000")
     others = [
         _saved(alpha.convert("RGB"), "GIF", save_all=True, append_images=[alpha.convert("L")]),
         _saved(alpha.convert("P"), "PNG", transparency=3),
+        _saved(alpha.convert("L"), "PNG", transparency=int(rgb[0, 0, 0]), pnginfo=told),
+        _saved(alpha.convert("RGB"), "PNG", transparency=tuple(rgb[0, 0].tolist())),
+        _saved(alpha.convert("LA"), "TIFF"),
+        _saved(alpha, "TIFF", tiffinfo={338: 1}),
         _saved(alpha.convert("1"), "TIFF", compression="group4"),
         _saved(alpha.convert("CMYK"), "TIFF", compression="tiff_lzw"),
         _saved(alpha.convert("CMYK"), "JPEG", exif=turned),

@@ -71,10 +71,10 @@ class Decoding:
         """The colours of a region, divided by `scale`, from top to bottom, a band of tiles at a time."""
         x, y, width, height = region
         grid, margin = self.grid, self.model.reach * runtime.STRIDE
-        wanted = _stretch(y, height, 0, grid.side, grid.height)
-        needed = _stretch(y, height, margin, grid.side, grid.height)
-        columns = _stretch(x, width, 0, grid.side, grid.width)
-        more_columns = _stretch(x, width, margin, grid.side, grid.width)
+        wanted = _stretch(y, height, 0, grid.tile_height, grid.height)
+        needed = _stretch(y, height, margin, grid.tile_height, grid.height)
+        columns = _stretch(x, width, 0, grid.tile_width, grid.width)
+        more_columns = _stretch(x, width, margin, grid.tile_width, grid.width)
         size = max(1, -(-self._at_once // len(more_columns)))
         pieces: dict[int, Piece] = {}
         read = needed.start
@@ -85,7 +85,8 @@ class Decoding:
             found = self._each(self.model, grid, tiles, self._piece)
             pieces |= {tile.number: piece for tile, piece in zip(tiles, found, strict=True) if piece is not None}
             read = upto
-            begin, end = max(y, rows.start * grid.side), min(y + height, rows.stop * grid.side)
+            tall = grid.tile_height
+            begin, end = max(y, rows.start * tall), min(y + height, rows.stop * tall)
             yield self._band(pieces, grid.tiles(rows, columns), (x, begin, width, end - begin), scale)
             self._forget(pieces, rows)
 
@@ -152,7 +153,10 @@ class Decoding:
             return None
         x, y, width, height = region
         grid = self.grid
-        rows, columns = _stretch(y, height, 0, grid.side, grid.height), _stretch(x, width, 0, grid.side, grid.width)
+        rows, columns = (
+            _stretch(y, height, 0, grid.tile_height, grid.height),
+            _stretch(x, width, 0, grid.tile_width, grid.width),
+        )
         left, top, right, bottom = scaled(region, scale)
         out = np.empty((bottom - top, right - left), np.uint8)
 

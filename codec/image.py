@@ -62,6 +62,7 @@ __all__ = [
     "load",
     "on_white",
     "read",
+    "save",
     "write",
 ]
 
@@ -205,6 +206,14 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
     is put on white) or a kind of metadata. Raises `InvalidArgument` for an unknown format, an array of another
     shape, or a picture too large for the format.
     """
+    data, losses = save(picture, format)
+    for loss in losses:
+        warnings.warn(loss, LossWarning, stacklevel=2)
+    return data
+
+
+def save(picture: Picture | Pixels, format: str) -> tuple[bytes, list[str]]:
+    """What `write` does, with the losses as a list: warnings are no way to pass them on from a thread."""
     from PIL import Image
 
     if format not in HOLDS:
@@ -219,8 +228,6 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
     if picture.alpha is not None and "alpha" not in HOLDS[format]:
         losses.append(f"{format} holds no transparency; it is put on white")
         pixels = on_white(picture.colour, picture.alpha)
-    for loss in losses:
-        warnings.warn(loss, LossWarning, stacklevel=2)
     out = io.BytesIO()
     try:
         with quiet():
@@ -231,7 +238,7 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
     except (OSError, ValueError, MemoryError) as exc:
         size = f"{picture.width}x{picture.height}"
         raise InvalidArgument(f"a picture of {size} pixels cannot be written as {format}: {exc}") from exc
-    return out.getvalue()
+    return out.getvalue(), losses
 
 
 def _grey_in_srgb(picture: Picture) -> Picture:

@@ -545,8 +545,9 @@ class Codec:
 
         def walk(tile: Tile, own: runtime.Model) -> Symbols:
             place = tile.x, tile.y, tile.width, tile.height
-            y, z, coded = (rule.part(code.tensors[rule.name], *place) for rule in model.tensors)
-            return walk_tile(own, code.quality, y, z, int(coded[0, 0, 0]), tile.number)
+            y, z = (rule.part(code.tensors[rule.name], *place) for rule in (model.latent, model.hyper))
+            coded = int(code.tensors[model.tile.name].flat[tile.number])
+            return walk_tile(own, code.quality, y, z, coded, tile.number)
 
         return model, grid, self._each(model, grid, grid.tiles(), walk)
 
@@ -601,7 +602,7 @@ def _strip_bands(
     kept = np.empty((0,), np.uint8)
     top = bottom = 0
     for rows in bands:
-        end = min(rows.stop * grid.side + halo, grid.height)
+        end = min(rows.stop * grid.tile_height + halo, grid.height)
         parts = [] if bottom == 0 else [kept]
         while bottom < end:
             part = strips.read(end - bottom)
@@ -609,7 +610,7 @@ def _strip_bands(
             bottom += len(part)
         pixels = np.concatenate(parts) if len(parts) > 1 else parts[0]
         yield rows, top, pixels
-        begin = max(rows.stop * grid.side - halo, 0)
+        begin = max(rows.stop * grid.tile_height - halo, 0)
         kept, top = pixels[begin - top :].copy(), begin
 
 
@@ -630,8 +631,8 @@ def _code(model: runtime.Model, quality: float, grid: Grid, grey: bool, symbols:
     width, height = grid.width, grid.height
     tensors = {rule.name: np.zeros(rule.shape(width, height), np.int16) for rule in model.tensors}
     for tile, own in zip(grid.tiles(), symbols, strict=True):
-        values = (widen(own.y, model.latent.channels), own.z, np.full((1, 1, 1), 4 * model.widths[own.width]))
-        for rule, value in zip(model.tensors, values, strict=True):
+        tensors[model.tile.name].flat[tile.number] = 4 * model.widths[own.width]
+        for rule, value in ((model.latent, widen(own.y, model.latent.channels)), (model.hyper, own.z)):
             rule.part(tensors[rule.name], tile.x, tile.y, tile.width, tile.height)[:] = value
     return Code(model.id, quality, width, height, tensors, grey)
 

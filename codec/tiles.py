@@ -35,7 +35,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of a picture of width x height pixels; the last ones of a row or column may be smaller than `side`."""
+    """The tiles of a picture of width x height pixels: as few as sides of at most `side` pixels allow, of equal size.
+
+    That is a multiple of 64, up to which the last ones of a row or column may lack something. Two cores then have equal
+    work with a picture of two tiles, and no picture ends in slivers.
+    """
 
     width: int
     height: int
@@ -49,12 +53,21 @@ class Grid:
     def down(self) -> int:
         return -(-self.height // self.side)
 
+    @property
+    def tile_width(self) -> int:
+        return _even(self.width, self.across)
+
+    @property
+    def tile_height(self) -> int:
+        return _even(self.height, self.down)
+
     def __len__(self) -> int:
         return self.across * self.down
 
     def tile(self, row: int, column: int) -> Tile:
-        x, y, side = column * self.side, row * self.side, self.side
-        return Tile(row * self.across + column, x, y, min(side, self.width - x), min(side, self.height - y))
+        across, down = self.tile_width, self.tile_height
+        x, y = column * across, row * down
+        return Tile(row * self.across + column, x, y, min(across, self.width - x), min(down, self.height - y))
 
     def tiles(self, rows: Iterable[int] | None = None, columns: Iterable[int] | None = None) -> list[Tile]:
         """Those of some rows and columns, by default of all, in raster order."""
@@ -96,7 +109,7 @@ def patch(
     pieces: by number those of the tile and its neighbours; what is missing is zero. window: first and last row, first
     and last column (exclusive) of those of the tile that are wanted; the patch has what these depend on.
     """
-    halo, side = model.halo, grid.side // runtime.STRIDE
+    halo, tall, wide = model.halo, grid.tile_height // runtime.STRIDE, grid.tile_width // runtime.STRIDE
     rows, columns = -(-tile.height // runtime.STRIDE), -(-tile.width // runtime.STRIDE)
     if tile.y + tile.height == grid.height:  # behind the picture's end lie the positions that pad it
         rows += -rows % 4
@@ -120,7 +133,7 @@ def patch(
     rest = np.zeros((*others, 1, 1) if all_zero else (*others, height, width), np.float32)
     for down, across, piece in around:
         # Where this piece lies in the patch.
-        y, x = down * side + piece.top - top, across * side - left
+        y, x = down * tall + piece.top - top, across * wide - left
         latent = piece.latent[:, max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
         y, x = max(y, 0), max(x, 0)
         place = np.s_[0, :, y : y + latent.shape[1], x : x + latent.shape[2]]
@@ -229,6 +242,11 @@ def _halved(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Sums of 2x2 neighbours."""
     halved: NDArray[np.float32] = values[::2, ::2] + values[1::2, ::2] + values[::2, 1::2] + values[1::2, 1::2]
     return halved
+
+
+def _even(size: int, parts: int) -> int:
+    """The smallest multiple of 64 of which `parts` make up `size`."""
+    return -(-size // (runtime.PADDING * parts)) * runtime.PADDING
 
 
 def _crc(tile: Symbols) -> int:

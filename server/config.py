@@ -42,7 +42,7 @@ class Config:
     max_stream_bytes: int = _flag(512 * MIB, "Largest picture or file in chunks.", _COUNT)
     memory_mib: int = _flag(0, "Memory for the calls of one process; 0 for its share of two thirds.", click.IntRange(0))
     queue: int = _flag(32, "Calls of one process that may wait; more are told to try again.", click.IntRange(0))
-    queue_seconds: float = _flag(10.0, "How long a call may wait for its turn.", _SECONDS)
+    queue_seconds: float = _flag(20.0, "How long a call may wait for its turn.", _SECONDS)
     client_calls: int = _flag(32, "Calls of one client, by its token, certificate or address, in one process.", _COUNT)
     idle_seconds: float = _flag(60.0, "How long a client may take to send or receive the next message.", _SECONDS)
     connection_seconds: float = _flag(600.0, "Age at which a connection is closed, so that load spreads.", _SECONDS)

@@ -6,7 +6,6 @@ import asyncio
 import math
 import threading
 import time
-import warnings
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from hourglass.codec import Codec, Limits, Picture, container, image
-from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LimitError, LossWarning, ModelError
+from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LimitError, ModelError
 from hourglass.server.admission import Admission
 from hourglass.server.call import Call, Desk
 from hourglass.server.config import Config
@@ -373,9 +372,10 @@ def _decode(
         if picture.metadata.size:
             answer.metadata.CopyFrom(convert.metadata_to_message(picture.metadata))
         return answer, picture.pixels
-    with record.hop("write"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", LossWarning)  # the caller chose the format
-        return answer, image.write(picture, _FORMATS[request.format])
+    with record.hop("write"):
+        file, losses = image.save(picture, _FORMATS[request.format])
+    answer.warnings.extend(losses)
+    return answer, file
 
 
 def _check_format(request: pb.DecodeRequest) -> None:

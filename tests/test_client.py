@@ -162,3 +162,15 @@ def test_encode_many(address: str, parrots: Path, codec: Codec, tmp_path: Path) 
 
     for wrap in (list, agen):
         assert {r.index: r.data for r in asyncio.run(asynchronously(wrap))} == {r.index: r.data for r in everything}
+
+
+def test_connections_are_opened_when_calls_overlap(address: str, parrots: Path) -> None:
+    small = image.write(image.read(parrots)[:64, :64], "PNG")
+    with Client(address, connections=3) as client:
+        for _ in range(3):
+            client.encode(small)
+        assert len(client._channels.taken()) == 1
+        assert all(result.data for result in client.encode_many([small] * 12, concurrency=6))
+        assert 1 < len(client._channels.taken()) <= 3
+    with pytest.raises(errors.InvalidArgument, match="connections is 0"):
+        Client(address, connections=0)

@@ -39,10 +39,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Codec:
     return Codec(zoo=zoo)
 
 
+@pytest.mark.parametrize("side", [64, 128, 512, 1024])
+def test_every_tile_has_pixels(side: int) -> None:
+    for size in (*range(1, 3000, 7), *range(500, 600), 2**24 - 1, 2**24):
+        grid = Grid(size, 1, side)
+        assert grid.tile_width <= side
+        assert grid.tile_width % 64 == 0
+        assert 1 <= grid.tile(0, grid.across - 1).width <= grid.tile_width
+
+
 def test_tiles_cover_a_picture_once() -> None:
     seen = np.zeros((2100, 1030), int)
     grid = Grid(1030, 2100, SIDE)
     assert len(grid) == 15
+    assert (grid.tile_width, grid.tile_height) == (384, 448)  # no sliver of 6 pixels
     for number, tile in enumerate(grid.tiles()):
         assert tile.number == number
         seen[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] += 1
@@ -72,15 +82,17 @@ def test_no_seams(large: NDArray[np.uint8], codec: Codec, whole: Codec) -> None:
     On average over qualities: at each of them other symbols are chosen there, which is worth some 0.05 dB up or down.
     """
     border = np.zeros(large.shape[:2], bool)
-    border[SIDE - 16 : SIDE + 16] = True
-    border[:, SIDE - 16 : SIDE + 16] = True
+    grid = Grid(large.shape[1], large.shape[0], SIDE)
+    row, column = grid.tile_height, grid.tile_width
+    border[row - 16 : row + 16] = True
+    border[:, column - 16 : column + 16] = True
     worse = []
     for quality in (10, 30, 50, 70, 90):
         pictures = [coder.decode(coder.encode(large, quality=quality)) for coder in (codec, whole)]
         assert not np.array_equal(*pictures)  # the other one really was coded whole
         tiled, single = (np.square(picture.astype(float) - large)[border].mean() for picture in pictures)
         worse.append(10 * np.log10(tiled / single))
-        steps = [np.square(p[:, SIDE].astype(float) - p[:, SIDE - 1]).mean() for p in (large, *pictures)]
+        steps = [np.square(p[:, column].astype(float) - p[:, column - 1]).mean() for p in (large, *pictures)]
         assert abs(steps[1] - steps[2]) < 0.15 * steps[0]  # no jump from tile to tile that the picture does not have
     assert np.mean(worse) < 0.05
     assert max(worse) < 0.2

@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -263,6 +264,7 @@ def main() -> None:
     given = sys.argv[1:]
     cut = given.index("--") if "--" in given else len(given)
     options, flags = parser.parse_args(given[:cut]), given[cut + 1 :]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends too
     files = pictures_of(options.pictures, options.random_sizes)
     limits = (0.0 if options.requests else options.seconds, options.requests)
     kind = "patient" if options.patient else "raw"

@@ -194,20 +194,22 @@ class DecodeRequest(_message.Message):
     def __init__(self, file: _Optional[bytes] = ..., code: _Optional[_Union[Code, _Mapping]] = ..., format: _Optional[_Union[ImageFormat, str]] = ..., region: _Optional[_Union[Region, _Mapping]] = ..., scale: _Optional[int] = ..., salvage: _Optional[bool] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("pixels", "image_file", "model", "quality", "metadata", "damage")
+    __slots__ = ("pixels", "image_file", "model", "quality", "metadata", "damage", "warnings")
     PIXELS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FILE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     DAMAGE_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     pixels: Pixels
     image_file: bytes
     model: str
     quality: float
     metadata: Metadata
     damage: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, pixels: _Optional[_Union[Pixels, _Mapping]] = ..., image_file: _Optional[bytes] = ..., model: _Optional[str] = ..., quality: _Optional[float] = ..., metadata: _Optional[_Union[Metadata, _Mapping]] = ..., damage: _Optional[_Iterable[str]] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, pixels: _Optional[_Union[Pixels, _Mapping]] = ..., image_file: _Optional[bytes] = ..., model: _Optional[str] = ..., quality: _Optional[float] = ..., metadata: _Optional[_Union[Metadata, _Mapping]] = ..., damage: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

@@ -20,6 +20,9 @@ from hourglass.codec.tiles import Grid, Piece, Tile, patch, unpack_tile
 
 _Result = TypeVar("_Result")
 
+_WINDOW = 64
+"""Tiles across that are decoded at a time: rows of a very wide picture would take too much memory."""
+
 KINDS = {"icc": container.ICC, "exif": container.EXIF, "xmp": container.XMP, "iptc": container.IPTC}
 """Field of `Metadata` -> kind of section."""
 
@@ -47,6 +50,7 @@ class Decoding:
         header = reader.header
         self.grid = Grid(header.width, header.height, model.tile.stride)
         self.quality, self.grey = header.quality, header.colour == container.GREY
+        reader.limits.check_tiles(len(self.grid))
         self.holes: list[str] = []
         self.model, self._reader, self._each = model, reader, each
         self._at_once, self._salvage = at_once, salvage
@@ -91,16 +95,17 @@ class Decoding:
             self._forget(pieces, rows)
 
     def _colour(self, region: Region, scale: int) -> NDArray[np.uint8]:
-        _, top, _, bottom = scaled(region, scale)
-        out, filled = None, 0
-        for strip in self.strips(region, scale):
-            if len(strip) == bottom - top:
-                return strip
-            if out is None:
-                out = np.empty((bottom - top, *strip.shape[1:]), np.uint8)
-            out[filled : filled + len(strip)] = strip
-            filled += len(strip)
-        assert out is not None  # a region has a row
+        left, top, right, bottom = scaled(region, scale)
+        shape = (bottom - top, right - left)
+        out = np.empty(shape if self.grey else (*shape, 3), np.uint8)
+        x, y, width, height = region
+        step = _WINDOW * self.grid.tile_width
+        for begin in range(x // step * step, x + width, step):
+            x0, x1 = max(x, begin), min(x + width, begin + step)
+            into, filled = out[:, x0 // scale - left : -(-x1 // scale) - left], 0
+            for strip in self.strips((x0, y, x1 - x0, height), scale):
+                into[filled : filled + len(strip)] = strip
+                filled += len(strip)
         return out
 
     def _piece(self, tile: Tile, own: runtime.Model) -> Piece | None:

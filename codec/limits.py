@@ -19,7 +19,9 @@ class Limits:
     """Width or height in pixels."""
     file_bytes: int = 1 << 34
     """Size of a .hgc file: 16 GiB."""
-    sections: int = 1 << 20
+    tiles: int = 1 << 16
+    """Tiles of a picture."""
+    sections: int = 1 << 18
     """Sections of a .hgc file: two for each tile, and metadata."""
     metadata_bytes: int = 16 << 20
     """Size of a picture's metadata (ICC, EXIF, XMP, IPTC), together and when inflated: 16 MiB."""
@@ -45,6 +47,11 @@ class Limits:
                 f"picture is {width}x{height} = {width * height} pixels; the limit is {self.streamed_pixels} "
                 "(Limits.streamed_pixels)"
             )
+
+    def check_tiles(self, count: int) -> None:
+        """Raise `LimitError` when a picture has too many tiles."""
+        if count > self.tiles:
+            raise LimitError(f"picture has {count} tiles; the limit is {self.tiles} (Limits.tiles)")
 
     def check_bytes(self, count: int) -> None:
         """Raise `LimitError` when a .hgc file of this many bytes is too large."""

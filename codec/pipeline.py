@@ -329,6 +329,7 @@ class Codec:
         return image.load(source, self.limits, keep=keep, srgb=srgb, frame=frame)
 
     def _bands(self, grid: Grid) -> list[range]:
+        self.limits.check_tiles(len(grid))
         return grid.bands(2 * self._threads)
 
     def _each(

@@ -141,7 +141,7 @@ def _forged(data: bytes, **changes: bytes) -> bytes:
         ({"quality": b"\xff\xff"}, errors.ContainerError, "quality 655.35"),
         ({"width": b"\0\0\0\x02"}, errors.LimitError, "limit is 16777216 a side"),
         ({"colour": b"\x02"}, errors.ContainerError, "pixels of colour 2"),
-        ({"sections": b"\xff\xff\xff\xff"}, errors.LimitError, "4294967295 sections; the limit is 1048576"),
+        ({"sections": b"\xff\xff\xff\xff"}, errors.LimitError, "4294967295 sections; the limit is 262144"),
         ({"width": b"\xff\xff\0\0", "height": b"\xff\xff\0\0"}, errors.LimitError, "Limits.pixels"),
         ({"width": b"\x80\0\0\0"}, errors.CorruptError, "do not match|goes on|invalid"),
         ({"quality": b"\0\0"}, errors.CorruptError, "do not match|goes on|invalid"),

@@ -115,6 +115,23 @@ def test_a_smaller_picture_is_what_reducing_the_whole_gives(
     assert metrics.psnr(reduced(original), part) > metrics.psnr(reduced(original), reduced(whole)) - 1.5 - quality / 20
 
 
+def test_a_very_wide_picture(codec: Codec) -> None:
+    """More tiles across than are decoded at a time: no seam, and a bound on their number."""
+    row = np.tile(image.read(IMAGES / "parrots.png")[:16], (1, 50, 1))
+    data = codec.encode(row, quality=50)
+    tiles = len(codec.read_header(data).sections)
+    assert tiles == 75
+    decoded = codec.decode(data)
+    assert decoded.shape == row.shape
+    assert metrics.psnr(row, decoded) > 30
+    part = codec.decode(data, region=(32_500, 0, 600, 16))
+    assert abs(decoded[:, 32_500:33_100].astype(int) - part).max() <= 1
+    small = Codec(limits=Limits(tiles=tiles - 1))
+    for call in (lambda: small.decode(data), lambda: small.encode(row)):
+        with pytest.raises(errors.LimitError, match=r"75 tiles; the limit is 74 \(Limits.tiles\)"):
+            call()
+
+
 def test_a_smaller_picture_saves_work(codec: Codec) -> None:
     """Counted, not timed: the graphs for small pictures have less than half the multiplications."""
     from hourglass.codec.runtime import ZOO

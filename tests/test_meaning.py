@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, ImageDraw
 
 from hourglass.client import Client
 from hourglass.codec import Codec, Metadata, Picture, errors, image, metrics
+from hourglass.codec.lossless import _EVERY
 
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
 IMAGES = Path(__file__).parent / "images"
@@ -164,6 +165,28 @@ def test_a_drawing_is_stored_without_loss(quality: float, codec: Codec, client: 
     assert np.array_equal(client.decode(data, region=(50, 20, 300, 200)), drawing[20:220, 50:350])
     with pytest.raises(errors.CodeError, match="stored losslessly"):
         codec.unpack(data)
+
+
+@pytest.mark.parametrize("kind", ["wallpaper", "stripes", "lines of noise", "noise beside nothing", "checks"])
+def test_no_pattern_is_larger_than_without_loss(kind: str, codec: Codec) -> None:
+    """Repetition far apart, and what a look at some of the rows may miss."""
+    chance = np.random.default_rng(3)
+    picture = np.zeros((600, 700, 3), np.uint8)
+    noise = chance.integers(0, 256, (100, 100, 3), np.uint8)
+    if kind == "wallpaper":
+        picture[:] = np.tile(noise, (6, 7, 1))
+    elif kind == "stripes":
+        picture[:] = np.tile(noise[:1], (600, 7, 1))
+    elif kind == "lines of noise":
+        picture[::_EVERY] = chance.integers(0, 256, (55, 700, 3), np.uint8)
+    elif kind == "noise beside nothing":
+        picture[:100, :100] = noise
+    else:
+        picture[:] = np.kron(chance.integers(0, 256, (60, 70, 3), np.uint8), np.ones((10, 10, 1), np.uint8))
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "WEBP", lossless=True, exact=True)
+    for quality in (50, 100):
+        assert len(codec.encode(picture, quality=quality)) <= len(out.getvalue()) + 64
 
 
 def test_a_photograph_is_not(photo: Path, codec: Codec) -> None:

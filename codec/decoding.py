@@ -20,6 +20,9 @@ from hourglass.codec.tiles import Grid, Piece, Tile, patch, unpack_tile
 
 _Result = TypeVar("_Result")
 
+_WIDE = 32
+"""Tiles across from which on memory counts for more than a per cent of time."""
+
 _WINDOW = 64
 """Tiles across that are decoded at a time: rows of a very wide picture would take too much memory."""
 
@@ -50,7 +53,6 @@ class Decoding:
         header = reader.header
         self.grid = Grid(header.width, header.height, model.tile.stride)
         self.quality, self.grey = header.quality, header.colour == container.GREY
-        reader.limits.check_tiles(len(self.grid))
         self.holes: list[str] = []
         self.model, self._reader, self._each = model, reader, each
         self._at_once, self._salvage = at_once, salvage
@@ -60,6 +62,7 @@ class Decoding:
                 f"file has {len(self._codes)} tiles; model {model.id!r} has {len(self.grid)} "
                 f"for a picture of {header.width}x{header.height} pixels"
             )
+        reader.limits.check_tiles(len(self.grid))
 
     def symbols(self, tile: Tile, own: runtime.Model) -> Symbols:
         """What a tile's section holds."""
@@ -87,7 +90,9 @@ class Decoding:
             upto = min(rows.stop + 1, needed.stop)
             tiles = grid.tiles(range(read, upto), more_columns)
             found = self._each(self.model, grid, tiles, self._piece)
-            pieces |= {tile.number: piece for tile, piece in zip(tiles, found, strict=True) if piece is not None}
+            for tile, piece in zip(tiles, found, strict=True):
+                if piece is not None:
+                    pieces[tile.number] = piece.short() if len(more_columns) >= _WIDE else piece
             read = upto
             tall = grid.tile_height
             begin, end = max(y, rows.start * tall), min(y + height, rows.stop * tall)

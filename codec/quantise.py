@@ -77,7 +77,7 @@ def quantise(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
 def dequantise(
     model: Model,
     quality: float,
-    latent: NDArray[np.float32],
+    latent: NDArray[np.float32] | NDArray[np.int16],
     core: NDArray[np.float32],
     rest: NDArray[np.float32] | None,
 ) -> None:

@@ -90,9 +90,7 @@ class Decoding:
             upto = min(rows.stop + 1, needed.stop)
             tiles = grid.tiles(range(read, upto), more_columns)
             found = self._each(self.model, grid, tiles, self._piece)
-            for tile, piece in zip(tiles, found, strict=True):
-                if piece is not None:
-                    pieces[tile.number] = piece.short() if len(more_columns) >= _WIDE else piece
+            pieces |= {tile.number: piece for tile, piece in zip(tiles, found, strict=True) if piece is not None}
             read = upto
             tall = grid.tile_height
             begin, end = max(y, rows.start * tall), min(y + height, rows.stop * tall)
@@ -120,7 +118,8 @@ class Decoding:
         except ContainerError as exc:
             self._lose(f"tile {tile.number}", tile, exc)
             return None
-        return Piece(symbols.latent, symbols.width)
+        piece = Piece(symbols.latent, symbols.width)
+        return piece.short() if self.grid.across >= _WIDE else piece
 
     def _lose(self, what: str, tile: Tile, error: ContainerError) -> None:
         if not self._salvage:

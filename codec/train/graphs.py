@@ -225,6 +225,7 @@ def _trace(
         # torch is pinned; its newer exporter needs a further package and cannot keep H and W free here.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=TracerWarning)
+        warnings.filterwarnings("ignore", message="Constant folding", category=UserWarning)  # of how a border is made
         torch.onnx.export(
             graph.eval(),
             tuple(samples.values()),

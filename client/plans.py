@@ -365,7 +365,8 @@ class Attempts:
             if code == grpc.StatusCode.RESOURCE_EXHAUSTED and detail.Unpack(retry):
                 # Spread, or all that were refused together come back together.
                 pause = retry.retry_delay.ToMilliseconds() / 1000 * random.uniform(0.75, 1.5)
-        if code == grpc.StatusCode.UNAVAILABLE and self._streaming and self._broken < self._MOST_BROKEN - 1:
+        lost = self._streaming or "failed to connect" not in (error.details() or "").lower()
+        if code == grpc.StatusCode.UNAVAILABLE and lost and self._broken < self._MOST_BROKEN - 1:
             pause = 0.2 * 2.5**self._broken * random.uniform(0.8, 1.2)
             self._broken += 1
         if pause < self.left:

@@ -97,8 +97,9 @@ class Server:
         if self._desk.open:
             _log.warning("%d calls did not finish within %g s", self._desk.open, grace)
         await self._health.end()  # watchers would stay for all of the grace
+        # A call that has left the desk may still be sending its status: on a busy machine that takes its time too.
         for server in self._servers:
-            await server.stop(0.2)
+            await server.stop(5)
         await asyncio.gather(*stopping)
         if self._gauges is not None:
             self._gauges.cancel()

@@ -365,7 +365,10 @@ class Attempts:
             if code == grpc.StatusCode.RESOURCE_EXHAUSTED and detail.Unpack(retry):
                 # Spread, or all that were refused together come back together.
                 pause = retry.retry_delay.ToMilliseconds() / 1000 * random.uniform(0.75, 1.5)
-        lost = self._streaming or "failed to connect" not in (error.details() or "").lower()
+        details = (error.details() or "").lower()
+        lost = self._streaming or any(
+            words in details for words in ("stream removed", "socket closed", "connection reset")
+        )
         if code == grpc.StatusCode.UNAVAILABLE and lost and self._broken < self._MOST_BROKEN - 1:
             pause = 0.2 * 2.5**self._broken * random.uniform(0.8, 1.2)
             self._broken += 1

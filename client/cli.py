@@ -18,7 +18,9 @@ import click
 
 from hourglass import codec
 from hourglass.codec import container, errors, image, metrics, strips
+from hourglass.codec.decoding import KINDS
 from hourglass.codec.runtime import DEFAULT_MODEL
+from hourglass.codec.settings import is_aimed, load
 
 SUFFIX = ".hgc"
 STREAM = "-"
@@ -312,8 +314,8 @@ def _rows(coder: Coder, options: Options, name: str, target: str) -> strips.Stri
     """The input, to be read a few rows at a time, if it is too large to be held in memory lightly and can be so
     read.
     """
-    aimed = any(goal in options.settings for goal in ("target_size", "target_bpp", "target_psnr", "srgb", "frame"))
-    if not isinstance(coder, codec.Codec) or STREAM in (name, target) or aimed or options.metrics:
+    needs_all = is_aimed(options.settings) or options.metrics or {"srgb", "frame"} & options.settings.keys()
+    if not isinstance(coder, codec.Codec) or STREAM in (name, target) or needs_all:
         return None
     if Path(name).stat().st_size < LARGE_FILE:  # not worth loading libvips
         return None
@@ -327,12 +329,7 @@ def _rows(coder: Coder, options: Options, name: str, target: str) -> strips.Stri
 
 def _distortion(content: bytes, decoded: codec.Picture, settings: codec.Settings) -> tuple[float, float]:
     """PSNR and MS-SSIM of what is seen: where there is alpha, of both pictures on white."""
-    keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
-    original = image.load(content, keep=keep, srgb=srgb, frame=frame)
-    pair = []
-    for picture in (original, decoded):
-        colour = picture.colour if picture.alpha is None else image.on_white(picture.colour, picture.alpha)
-        pair.append(colour if colour.ndim == 3 else colour[..., None].repeat(3, axis=2))
+    pair = [image.seen(picture) for picture in (load(content, None, settings), decoded)]
     return metrics.psnr(*pair), metrics.ms_ssim(*pair)
 
 
@@ -436,10 +433,7 @@ _NAMES = {
     container.CODE: "code",
     container.ALPHA: "alpha",
     container.LOSSLESS: "picture",
-    container.ICC: "icc",
-    container.EXIF: "exif",
-    container.XMP: "xmp",
-    container.IPTC: "iptc",
+    **{kind: name for name, kind in KINDS.items()},
 }
 
 

@@ -42,6 +42,7 @@ from hourglass.codec.reader import (
     bands,
     describing,
     or_none,
+    pillow_errors,
     quiet,
 )
 
@@ -63,6 +64,8 @@ __all__ = [
     "on_white",
     "read",
     "save",
+    "seen",
+    "size_of",
     "write",
 ]
 
@@ -116,13 +119,27 @@ def read(source: ImageSource, limits: Limits | None = None) -> NDArray[np.uint8]
     """
     picture = load(source, limits, keep="none")
     losses = [*picture.losses]
-    colour = picture.colour
     if picture.alpha is not None:
         losses.append(f"{name_of(source)} has transparent parts; they are put on white")
-        colour = on_white(colour, picture.alpha)
     for loss in losses:
         warnings.warn(loss, LossWarning, stacklevel=2)
+    return seen(picture)
+
+
+def seen(picture: Picture) -> NDArray[np.uint8]:
+    """What is seen of a picture, (H, W, 3): alpha put on white, grey repeated."""
+    colour = picture.colour if picture.alpha is None else on_white(picture.colour, picture.alpha)
     return np.repeat(colour[:, :, None], 3, axis=2) if picture.grey else colour
+
+
+def size_of(data: bytes | memoryview, limits: Limits | None = None) -> tuple[int, int]:
+    """Width and height of an image file as its header has them; nothing is decoded.
+
+    Raises `ImageError`, `LimitError`.
+    """
+    reader = Reader(name_of(data), limits or Limits(), "none", True, None)
+    with pillow_errors(reader.name), reader.header(io.BytesIO(data)) as opened:
+        return int(opened.width), int(opened.height)
 
 
 def load(

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar, Unpack, cast
@@ -24,12 +25,12 @@ from typing import Any, BinaryIO, TypeVar, Unpack, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import container, image, lossless, metrics, runtime
+from hourglass.codec import container, lossless, metrics, runtime
 from hourglass.codec.aim import Attempt, aim, parse_size
 from hourglass.codec.container import FileSource, Front, Header, Reader, Writer
 from hourglass.codec.decoding import KINDS, Decoding, as_colour, metadata_of, unstored, whole
 from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LossWarning
-from hourglass.codec.image import ImageSource, Metadata, Picture, Pixels
+from hourglass.codec.image import ImageSource, Metadata, Picture, Pixels, seen
 from hourglass.codec.limits import Limits
 from hourglass.codec.quantise import Analysed, Effort, Symbols, quantise, widen
 from hourglass.codec.settings import (
@@ -40,6 +41,7 @@ from hourglass.codec.settings import (
     check_settings,
     check_view,
     is_aimed,
+    load,
     quality_of,
 )
 from hourglass.codec.strips import Strips
@@ -184,7 +186,7 @@ class Codec:
             )
         self.limits.check_streamed(strips.width, strips.height)
         model, quality = self._model(self.model), quality_of(settings)
-        grid = Grid(strips.width, strips.height, model.tile.stride)
+        grid = self._grid(strips)
         metadata = _metadata_sections(strips.metadata)
         writer = Writer(out, self._front(quality, strips), len(grid) + len(metadata))
         for kind, payload in metadata:
@@ -220,7 +222,6 @@ class Codec:
 
         Raises `ImageError`, `LimitError`, `InvalidArgument`, `OSError`.
         """
-        check_settings(settings)
         picture = self._load(image, settings)
         losses = [*picture.losses, *(["a Code holds no alpha; it is left out"] if picture.alpha is not None else [])]
         _warn(losses)
@@ -228,7 +229,7 @@ class Codec:
             bare = Picture(picture.colour, None, Metadata(), ())
             return self.unpack(self._coded(bare, _length_of(image), settings))
         model, quality = self._model(self.model), quality_of(settings)
-        grid = Grid(picture.width, picture.height, model.tile.stride)
+        grid = self._grid(picture)
         bands = _whole_bands(_colour(picture, grid), self._bands(grid))
         effort = settings.get("effort", "default")
 
@@ -291,7 +292,7 @@ class Codec:
         """
         original = self._load(image, {})
         decoded = Picture(self.synthesise(coded)) if isinstance(coded, Code) else self.decode_picture(coded)
-        pair = _seen(original), _seen(decoded)
+        pair = seen(original), seen(decoded)
         return Distortion(metrics.psnr(*pair), metrics.ms_ssim(*pair))
 
     def with_model(self, model: str) -> Codec:
@@ -325,8 +326,10 @@ class Codec:
             self.limits.check_size(source.width, source.height)
             self.limits.check_metadata(source.metadata.size)
             return source
-        keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
-        return image.load(source, self.limits, keep=keep, srgb=srgb, frame=frame)
+        return load(source, self.limits, settings)
+
+    def _grid(self, picture: Picture | Strips) -> Grid:
+        return Grid(picture.width, picture.height, self._model(self.model).tile.stride)
 
     def _bands(self, grid: Grid) -> list[range]:
         self.limits.check_tiles(len(grid))
@@ -390,26 +393,20 @@ class Codec:
         """source: bytes of the file that the picture came from, for a target in per cent of it."""
         thorough = settings.get("effort") == "best"
         outlook = lossless.Outlook(picture.pixels) if settings.get("fallback", True) else None
-        grid = Grid(picture.width, picture.height, self._model(self.model).tile.stride)
+        stored = cache(lambda: _stored(picture, thorough))
         limit = self._limit(picture, source, settings)
-        if outlook and outlook.is_nearly_empty:
-            stored = _stored(picture, thorough)
-            if len(stored) <= min(_LEAST_TILE * len(grid), limit or math.inf):
-                return stored
+        next_to_nothing = min(_LEAST_TILE * len(self._grid(picture)), limit or math.inf)
+        if outlook and outlook.is_nearly_empty and len(stored()) <= next_to_nothing:
+            return stored()
         try:
             data = self._coded(picture, source, settings)
         except InvalidArgument:
             # Too small for the learned codec, or too good; without loss it may be neither.
-            stored = _stored(picture, thorough) if outlook else b""
-            if stored and (len(stored) <= limit if limit else "target_psnr" in settings):
-                return stored
+            if outlook and (len(stored()) <= limit if limit else "target_psnr" in settings):
+                return stored()
             raise
         most = max(len(data), limit or 0)  # what has no loss is the best that fits
-        if outlook and outlook.may_beat(most):
-            stored = _stored(picture, thorough)
-            if len(stored) <= most:
-                return stored
-        return data
+        return stored() if outlook and outlook.may_beat(most) and len(stored()) <= most else data
 
     def _coded(self, picture: Picture, source: int | None, settings: Settings) -> bytes:
         """The file of a picture by the learned codec."""
@@ -418,17 +415,14 @@ class Codec:
         if is_aimed(settings):
             return self._reach_size(picture, source, settings)
         model, quality = self._model(self.model), quality_of(settings)
-        grid = Grid(picture.width, picture.height, model.tile.stride)
+        grid = self._grid(picture)
         bands = _whole_bands(_colour(picture, grid), self._bands(grid))
-        sections = [section for band in self._encoded_bands(model, grid, bands, settings) for section in band]
-        return self._file(picture, grid, quality, sections)
+        coded = [section for band in self._encoded_bands(model, grid, bands, settings) for section in band]
+        return self._file(picture, quality, coded, self._alpha_sections(picture, grid))
 
-    def _file(self, picture: Picture, grid: Grid, quality: float, sections: list[bytes]) -> bytes:
-        coded = [(container.CODE, section) for section in sections]
-        return container.write(
-            self._front(quality, picture),
-            [*_metadata_sections(picture.metadata), *coded, *self._alpha_sections(picture, grid)],
-        )
+    def _file(self, picture: Picture, quality: float, coded: list[bytes], alpha: list[tuple[int, bytes]]) -> bytes:
+        tiles = [(container.CODE, section) for section in coded]
+        return container.write(self._front(quality, picture), [*_metadata_sections(picture.metadata), *tiles, *alpha])
 
     def _alpha_sections(self, picture: Picture, grid: Grid) -> list[tuple[int, bytes]]:
         if (alpha := picture.alpha) is None:
@@ -440,9 +434,8 @@ class Codec:
     def _requantiser(self, picture: Picture) -> Callable[[float, Effort], bytes]:
         """quality, effort -> file, for one picture; the analysis transform runs once."""
         model = self._model(self.model)
-        grid = Grid(picture.width, picture.height, model.tile.stride)
+        grid = self._grid(picture)
         alpha = self._alpha_sections(picture, grid)
-        metadata = _metadata_sections(picture.metadata)
         analysed = self._transformed(picture, grid)
 
         def encode(quality: float, effort: Effort) -> bytes:
@@ -451,8 +444,7 @@ class Codec:
             def work(tile: Tile, own: runtime.Model) -> bytes:
                 return pack_tile(own, quality, quantise(analysed[tile.number], quality, effort))
 
-            coded = [(container.CODE, section) for section in self._each(model, grid, grid.tiles(), work)]
-            return container.write(self._front(quality, picture), [*metadata, *coded, *alpha])
+            return self._file(picture, quality, self._each(model, grid, grid.tiles(), work), alpha)
 
         return encode
 
@@ -498,13 +490,13 @@ class Codec:
     def _reach_psnr(self, picture: Picture, settings: Settings) -> bytes:
         """The file of the lowest quality whose colours are at least as good as asked for."""
         asked, encode = settings["target_psnr"], self._requantiser(picture)
-        grid = Grid(picture.width, picture.height, self._model(self.model).tile.stride)
-        original = _rgb(_colour(picture, grid))
+        grid = self._grid(picture)
+        original = seen(Picture(_colour(picture, grid)))
 
         def attempt(quality: float, effort: Effort) -> Attempt:
             data = encode(quality, effort)
             decoded = self.decode_picture(data)
-            return Attempt(quality, data, metrics.psnr(original, _rgb(decoded.colour)))
+            return Attempt(quality, data, metrics.psnr(original, seen(Picture(decoded.colour))))
 
         found = aim(attempt, settings.get("effort", "default"), asked, below=False)
         if found.figure < asked:
@@ -575,16 +567,6 @@ def _colour(picture: Picture, grid: Grid) -> NDArray[np.uint8]:
     if picture.alpha is None:
         return picture.colour
     return conceal(picture.colour, picture.alpha, grid.side)
-
-
-def _seen(picture: Picture) -> NDArray[np.uint8]:
-    """(H, W, 3): on white, where there is alpha."""
-    colour = picture.colour if picture.alpha is None else image.on_white(picture.colour, picture.alpha)
-    return _rgb(colour)
-
-
-def _rgb(colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return colour if colour.ndim == 3 else np.repeat(colour[..., None], 3, axis=2)
 
 
 def _place(tile: Tile) -> tuple[slice, slice]:

@@ -110,7 +110,14 @@ class Reader:
             return self.from_pillow(opened)
 
     def open(self, file: IO[bytes]) -> Image.Image:
-        """Read the header. Raises `ImageError` and `LimitError`."""
+        """Read the header, and of some PPM the rest too. Raises `ImageError` and `LimitError`."""
+        opened = self.header(file)
+        if opened.format == "PPM" and opened.mode != "1" and opened.tile[0].codec_name.startswith("ppm"):
+            return self.scaled_ppm(file, opened)
+        return cast("Image.Image", opened)
+
+    def header(self, file: IO[bytes]) -> Any:
+        """Read the header, decode nothing. Raises `ImageError` and `LimitError`."""
         from PIL import Image, UnidentifiedImageError
 
         head = file.read(1 << 16)
@@ -132,9 +139,7 @@ class Reader:
         except UnidentifiedImageError as exc:
             raise ImageError(f"{self.name} is of no picture format that can be read ({', '.join(READABLE)})") from exc
         self.limits.check_size(*opened.size)
-        if opened.format == "PPM" and opened.mode != "1" and opened.tile[0].codec_name.startswith("ppm"):
-            return self.scaled_ppm(file, opened)
-        return cast("Image.Image", opened)
+        return opened
 
     def scaled_ppm(self, file: IO[bytes], opened: Any) -> Image.Image:
         """A PPM or PGM whose highest value is not 255. Pillow scales it value by value in Python."""

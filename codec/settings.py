@@ -6,8 +6,10 @@ import math
 import numbers
 from typing import TypeAlias, TypedDict, get_args
 
+from hourglass.codec import image
 from hourglass.codec.errors import InvalidArgument
-from hourglass.codec.image import Keep
+from hourglass.codec.image import ImageSource, Keep, Picture
+from hourglass.codec.limits import Limits
 from hourglass.codec.quantise import Effort
 
 DEFAULT_QUALITY = 50.0
@@ -107,6 +109,12 @@ def _check_names(given: Settings | View, kind: type[Settings | View]) -> None:
     unknown = [name for name in given if name not in kind.__annotations__]
     if unknown:
         raise InvalidArgument(f"{unknown[0]!r} is no setting; expected {', '.join(kind.__annotations__)}")
+
+
+def load(source: ImageSource, limits: Limits | None, settings: Settings) -> Picture:
+    """A picture with what the settings keep of it. Raises as `image.load`."""
+    keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
+    return image.load(source, limits, keep=keep, srgb=srgb, frame=frame)
 
 
 def is_aimed(settings: Settings) -> bool:

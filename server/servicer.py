@@ -19,8 +19,9 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
-from hourglass.codec import Codec, Limits, Picture, container, image
-from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LimitError, ModelError
+from hourglass.codec import Codec, Picture, container, image
+from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LimitError
+from hourglass.codec.settings import load
 from hourglass.server.admission import Admission
 from hourglass.server.call import Call, Desk
 from hourglass.server.config import Config
@@ -289,7 +290,7 @@ class CodecServicer:
     async def _measured(self, record: Record, data: bytes | memoryview) -> _Source:
         """An image file with its size, taken from its header and checked."""
         with record.hop("header"):
-            return _Source(data, await self._look(lambda: _size_of(data, self._codec.limits)))
+            return _Source(data, await self._look(lambda: image.size_of(data, self._codec.limits)))
 
     async def _file_source(self, record: Record, request: pb.DecodeRequest, data: bytes) -> _Source:
         with record.hop("header"):
@@ -321,9 +322,8 @@ def _encode(
 ) -> pb.EncodeResponse:
     if request.model:
         codec = codec.with_model(request.model)
-    keep, srgb, frame = settings.get("metadata", "all"), settings.get("srgb", False), settings.get("frame")
     with nullcontext() if isinstance(given, np.ndarray) else record.hop("image"):
-        picture = image.load(given, codec.limits, keep=keep, srgb=srgb, frame=frame)
+        picture = load(given, codec.limits, settings)
     losses, picture = list(picture.losses), replace(picture, losses=())
     wants_file = request.want_file or not request.want_code
     code, file = None, b""
@@ -348,7 +348,7 @@ def _encode(
         header = codec.read_header(file)
         answer.quality, answer.model, answer.lossless = header.quality, header.model, header.lossless
     if file:
-        record.ratios.append(picture.pixels.nbytes / len(file))
+        record.ratios.append(3 * width * height / len(file))
     if request.want_distortion:
         with record.hop("measure"):
             distortion = codec.measure(picture, code if code is not None else file)
@@ -381,29 +381,6 @@ def _decode(
 def _check_format(request: pb.DecodeRequest) -> None:
     if request.format not in (pb.IMAGE_FORMAT_UNSPECIFIED, *_FORMATS):
         raise InvalidArgument(f"format is {request.format}; expected a value of ImageFormat")
-
-
-class _Measured(LimitError):
-    """Not an error: ends the reading of an image file as soon as its size is known."""
-
-
-@dataclass(frozen=True)
-class _Probe(Limits):
-    """Limits that stop everything once they have been checked."""
-
-    def check_size(self, width: int, height: int) -> None:
-        super().check_size(width, height)
-        raise _Measured(width, height)
-
-
-def _size_of(data: bytes | memoryview, limits: Limits) -> tuple[int, int]:
-    """Width and height of an image file, from its header alone. Raises `ImageError`, `LimitError`."""
-    try:
-        image.load(data, _Probe(limits.pixels, limits.side, limits.file_bytes))
-    except _Measured as found:
-        width, height = found.args
-        return width, height
-    raise ModelError("image.load did not check the size of a picture")
 
 
 async def _send_one(call: Call, answer: Message) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.nn import functional as F
 
+from hourglass.codec.prior import STEPS
 from hourglass.codec.train import prior as integers
 from hourglass.codec.train.network import Hourglass, Shape, unweave, weave
 from hourglass.codec.train.prior import HYPER, KNOWN, LADDER, PER_OCTAVE, Depthwise, IntegerLayer, Prior, Range
@@ -530,7 +531,7 @@ def macs_per_pixel(path: Path) -> dict[str, float]:
         return _macs(model)
     widths = sorted({_width(branch) for branch in _branches(model.graph)} - {0})
     counts: dict[str, float] = {}
-    for step in range(integers.STEPS):
+    for step in range(STEPS):
         taken = onnx.ModelProto()
         taken.CopyFrom(model)
         _take_branches(taken.graph, {"step": step, "width": len(widths) - 1})

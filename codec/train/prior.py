@@ -26,17 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass.codec.prior import KNOWN as LARGEST_KNOWN
+from hourglass.codec.prior import STEPS
 from hourglass.codec.quantise import NEAR, WORTH
 
-STEPS = 4
 EXACT = 2**24
 """Integers up to this magnitude are exact in float32."""
 
 OCTAVE = 256
 """Logarithms of gains and deviations are integers in units of 1/OCTAVE of a factor of two."""
-
-FINE = 16
-"""Means are in units of 1/FINE of a symbol."""
 
 LADDER = 64
 PER_OCTAVE = 6

@@ -20,6 +20,7 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from numpy.typing import NDArray
 
 from hourglass.codec import (
     Code,
@@ -31,6 +32,7 @@ from hourglass.codec import (
     Pixels,
     Settings,
     View,
+    container,
     errors,
     image,
     read_header,
@@ -83,6 +85,9 @@ Address: TypeAlias = "str | Sequence[str]"
 
 _ANY = Limits(pixels=1 << 62)
 """What a server sends has passed its own limits."""
+
+Features: TypeAlias = "NDArray[np.float32]"
+"""(D,), of length 1."""
 
 _FilePath: TypeAlias = "str | os.PathLike[str]"
 
@@ -226,7 +231,7 @@ class Planner:
         """The call that decodes a file; what is damaged is in the picture's losses."""
         request = pb.DecodeRequest()
         convert.set_view(request, view)
-        content = Path(data).read_bytes() if isinstance(data, (str, os.PathLike)) else bytes(data)
+        content = _content(data)
         try:
             header = read_header(content)
             pixels = header.width * header.height
@@ -243,6 +248,19 @@ class Planner:
         if max(message.ByteSize(), 3 * code.width * code.height) <= self._stream_above:
             return _one("Decode", pb.DecodeRequest(code=message)).then(_picture).then(_pixels)
         return _decode_stream(pb.DecodeRequest(), message.SerializeToString(), is_code=True).then(_pixels)
+
+    def features(self, source: ImageSource | FileSource) -> Plan[Told[Features]]:
+        """The call that describes a picture or a file."""
+        request = pb.FeaturesRequest(model=self._model)
+        if container.is_file(source):
+            request.file = _content(source)
+        elif isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+            request.image_file = _content(source)
+        else:
+            request.pixels.CopyFrom(convert.pixels_to_message(image.load(source).pixels))
+        return _one("Features", request).then(
+            lambda answer: Told(np.array(answer.values, np.float32), tuple(answer.warnings))
+        )
 
     def info(self) -> Plan[ServerInfo]:
         """The call that asks for models and limits."""
@@ -276,6 +294,10 @@ class Planner:
         else:
             request.pixels.CopyFrom(convert.pixels_to_message(pixels))
         return _one("Encode", request)
+
+
+def _content(source: Any) -> bytes:
+    return Path(source).read_bytes() if isinstance(source, (str, os.PathLike)) else bytes(source)
 
 
 def _one(method: str, request: Any) -> Plan[Any]:

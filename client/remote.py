@@ -20,6 +20,7 @@ from hourglass.client.plans import (
     Address,
     Attempts,
     Encoded,
+    Features,
     Plan,
     Planner,
     Route,
@@ -151,6 +152,10 @@ class Client(_Base):
         """A Code -> (H, W, 3) uint8; the same pixels as `Codec.synthesise`."""
         return self._run(self._plans.synthesise(code))
 
+    def features(self, source: ImageSource | FileSource) -> Features:
+        """A picture or a .hgc file -> what describes it, (D,) float32; the same numbers as `Codec.features`."""
+        return self._run(self._plans.features(source)).aloud()
+
     def models(self) -> list[ModelInfo]:
         """The models of the server."""
         return list(self.info().models)
@@ -254,6 +259,10 @@ class AsyncClient(_Base):
     async def synthesise(self, code: Code) -> Pixels:
         """See `Client.synthesise`."""
         return await self._run(self._plans.synthesise(code))
+
+    async def features(self, source: ImageSource | FileSource) -> Features:
+        """See `Client.features`."""
+        return (await self._run(self._plans.features(source))).aloud()
 
     async def models(self) -> list[ModelInfo]:
         """See `Client.models`."""

@@ -108,6 +108,14 @@ class Front:
         return data + _CRC.pack(zlib.crc32(data))
 
 
+def is_file(source: object) -> bool:
+    """Whether something, bytes or a path, begins as a .hgc file does. Raises `OSError`."""
+    if isinstance(source, (str, os.PathLike)):
+        with Path(source).open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    return isinstance(source, (bytes, bytearray, memoryview)) and bytes(source[: len(MAGIC)]) == MAGIC
+
+
 def write(front: Front, sections: Sequence[tuple[int, bytes]]) -> bytes:
     """A whole file from its sections, (kind, payload), in the order given."""
     table = [Section(kind, len(data), zlib.crc32(data)) for kind, data in sections]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from hourglass.codec import container, lossless, runtime
 from hourglass.codec.container import Header, Reader
 from hourglass.codec.errors import ContainerError, CorruptError
-from hourglass.codec.image import Metadata, Picture, Pixels
+from hourglass.codec.image import Metadata, Picture
 from hourglass.codec.quantise import Symbols
 from hourglass.codec.settings import Region
-from hourglass.codec.tiles import Grid, Piece, Tile, patch, unpack_tile
+from hourglass.codec.tiles import Grid, Piece, Tile, patch, unpack_first, unpack_tile
 
 _Result = TypeVar("_Result")
 
@@ -51,7 +51,7 @@ class Decoding:
         self, reader: Reader, model: runtime.Model, each: Each, *, at_once: int = 1, salvage: bool = False
     ) -> None:
         header = reader.header
-        self.grid = Grid(header.width, header.height, model.tile.stride)
+        self.grid = Grid(header.width, header.height, model.side)
         self.quality, self.grey = header.quality, header.colour == container.GREY
         self.holes: list[str] = []
         self.model, self._reader, self._each = model, reader, each
@@ -62,11 +62,17 @@ class Decoding:
                 f"file has {len(self._codes)} tiles; model {model.id!r} has {len(self.grid)} "
                 f"for a picture of {header.width}x{header.height} pixels"
             )
+        if model.colours == 1 and not self.grey:
+            raise ContainerError(f"file is of a picture with colours; model {model.id!r} has grey ones only")
         reader.limits.check_tiles(len(self.grid))
 
     def symbols(self, tile: Tile, own: runtime.Model) -> Symbols:
         """What a tile's section holds."""
         return unpack_tile(own, self.quality, self._reader.payload(self._codes[tile.number]), tile)
+
+    def first(self, tile: Tile, own: runtime.Model) -> NDArray[np.float32]:
+        """What a tile's section begins with, see `unpack_first`."""
+        return unpack_first(own, self.quality, self._reader.payload(self._codes[tile.number]), tile)
 
     def picture(self, region: Region, scale: int) -> Picture:
         """A region of the picture, divided by `scale`, with alpha and metadata."""
@@ -178,7 +184,7 @@ class Decoding:
                 self._lose(f"the alpha of tile {tile.number}", tile, exc)
                 alpha = np.full((tile.height, tile.width), 255, np.uint8)
             x0, y0, x1, y1 = scaled(_common(region, tile), scale)
-            small = reduced(alpha, scale)[y0 - tile.y // scale : y1 - tile.y // scale]
+            small = runtime.reduced(alpha, scale)[y0 - tile.y // scale : y1 - tile.y // scale]
             out[y0 - top : y1 - top, x0 - left : x1 - left] = small[:, x0 - tile.x // scale : x1 - tile.x // scale]
 
         self._each(self.model, grid, grid.tiles(rows, columns), fill)
@@ -193,7 +199,8 @@ def unstored(reader: Reader, region: Region, scale: int) -> Picture:
     pixels = lossless.unpack(reader.payload(number), header.width, header.height, header.colour)
     left, top, right, bottom = scaled(region, scale)
     x, y, width, height = region
-    pixels = reduced(pixels, scale)[top:bottom, left:right] if scale > 1 else pixels[y : y + height, x : x + width]
+    small = runtime.reduced(pixels, scale)
+    pixels = small[top:bottom, left:right] if scale > 1 else pixels[y : y + height, x : x + width]
     opaque = pixels.ndim == 2 or pixels.shape[2] == 3
     colour = pixels if opaque else pixels[..., 0] if pixels.shape[2] == 2 else pixels[..., :3]
     alpha = None if opaque else np.ascontiguousarray(pixels[..., -1])
@@ -231,22 +238,12 @@ def scaled(region: Region, scale: int) -> tuple[int, int, int, int]:
     return x // scale, y // scale, -(-(x + width) // scale), -(-(y + height) // scale)
 
 
-def reduced(pixels: Pixels, scale: int) -> Pixels:
-    """Means of scale x scale pixels; where the picture ends it is padded with its last row and column."""
-    if scale == 1:
-        return pixels
-    height, width = pixels.shape[:2]
-    padding = [(0, -height % scale), (0, -width % scale), *[(0, 0)] * (pixels.ndim - 2)]
-    padded = np.pad(pixels, padding, mode="edge")
-    shape = (len(padded) // scale, scale, padded.shape[1] // scale, scale, *pixels.shape[2:])
-    sums = padded.reshape(shape).sum((1, 3), dtype=np.uint32)
-    return np.asarray((sums + scale * scale // 2) // (scale * scale), np.uint8)
-
-
 def as_colour(pixels: NDArray[np.uint8], grey: bool) -> NDArray[np.uint8]:
-    """(h, w, 3) as it is, or (h, w): the mean of the three."""
+    """(h, w, 3) as it is, or (h, w): the one channel, or the mean of the three."""
     if not grey:
         return pixels
+    if pixels.shape[2] == 1:
+        return pixels[..., 0]
     return np.asarray((pixels.sum(2, dtype=np.uint16) + 1) // 3, np.uint8)
 
 

@@ -24,7 +24,7 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 
 def ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Multi-scale structural similarity, mean over the channels of two (H, W, 3) uint8 pictures; 1 when equal.
+    """Multi-scale structural similarity of two uint8 pictures, (H, W, C) or (H, W), mean over channels; 1 when equal.
 
     Wang, Simoncelli, Bovik, "Multi-scale structural similarity for image quality assessment", 2003: five scales,
     Gaussian window of 11 taps with deviation 1.5, K1 = 0.01, K2 = 0.03. A picture with a side below 176 pixels has
@@ -37,8 +37,7 @@ def ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     scales = max(1, min(5, int(np.log2(max(1, side / 11))) + 1))
     weights = weights[:scales] / weights[:scales].sum()
     values = []
-    for channel in range(a.shape[2]):
-        x, y = a[:, :, channel].astype(np.float32), b[:, :, channel].astype(np.float32)
+    for x, y in zip(_planes(a), _planes(b), strict=True):
         product = 1.0
         for scale, weight in enumerate(weights):
             luminance, contrast = _ssim(x, y)
@@ -47,6 +46,11 @@ def ms_ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
             x, y = _halve(x), _halve(y)
         values.append(product)
     return float(np.mean(values))
+
+
+def _planes(picture: NDArray[np.uint8]) -> list[_Plane]:
+    channels = picture[..., None] if picture.ndim == 2 else picture
+    return [channels[..., channel].astype(np.float32) for channel in range(channels.shape[2])]
 
 
 def bpp(byte_count: int, width: int, height: int) -> float:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, TypeVar, Unpack, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import container, lossless, metrics, runtime
+from hourglass.codec import container, features, lossless, metrics, runtime
 from hourglass.codec.aim import Attempt, aim, parse_size
 from hourglass.codec.container import FileSource, Front, Header, Reader, Writer
 from hourglass.codec.decoding import KINDS, Decoding, as_colour, metadata_of, unstored, whole
@@ -146,7 +146,7 @@ class Codec:
         """
         picture = self._load(image, settings)
         _warn(picture.losses)
-        return self._encode(picture, _length_of(image), settings)
+        return self.suited(picture, settings)._encode(picture, _length_of(image), settings)
 
     def decode(self, data: FileSource, **view: Unpack[View]) -> Pixels:
         """A .hgc file -> uint8 (H, W, 3), or (H, W) grey, with alpha (H, W, 4) or (H, W, 2).
@@ -185,10 +185,10 @@ class Codec:
                 "a target needs the whole picture in memory; give a quality for one that is too large"
             )
         self.limits.check_streamed(strips.width, strips.height)
-        model, quality = self._model(self.model), quality_of(settings)
-        grid = self._grid(strips)
+        codec, quality = self.suited(strips, settings), quality_of(settings)
+        model, grid = codec._model(codec.model), codec._grid(strips)
         metadata = _metadata_sections(strips.metadata)
-        writer = Writer(out, self._front(quality, strips), len(grid) + len(metadata))
+        writer = Writer(out, codec._front(quality, strips), len(grid) + len(metadata))
         for kind, payload in metadata:
             writer.add(kind, payload)
         for sections in self._encoded_bands(
@@ -225,11 +225,12 @@ class Codec:
         picture = self._load(image, settings)
         losses = [*picture.losses, *(["a Code holds no alpha; it is left out"] if picture.alpha is not None else [])]
         _warn(losses)
+        codec = self.suited(picture, settings)
         if is_aimed(settings):
             bare = Picture(picture.colour, None, Metadata(), ())
-            return self.unpack(self._coded(bare, _length_of(image), settings))
-        model, quality = self._model(self.model), quality_of(settings)
-        grid = self._grid(picture)
+            return self.unpack(codec._coded(bare, _length_of(image), settings))
+        model, quality = codec._model(codec.model), quality_of(settings)
+        grid = codec._grid(picture)
         bands = _whole_bands(_colour(picture, grid), self._bands(grid))
         effort = settings.get("effort", "default")
 
@@ -248,7 +249,7 @@ class Codec:
         """
         picture = self._load(image, {})
         _warn(picture.losses)
-        requantised = self._requantiser(picture)
+        requantised = self.suited(picture, {})._requantiser(picture)
         for quality in qualities:
             check_quality(quality)
             yield requantised(quality, effort)
@@ -285,6 +286,44 @@ class Codec:
         decoding, symbols = self._unpacked(data)
         return _code(decoding.model, decoding.quality, decoding.grid, decoding.grey, symbols)
 
+    def features(self, source: ImageSource | Picture | FileSource) -> NDArray[np.float32]:
+        """A picture, or a .hgc file -> (D,) float32 of length 1: pooled statistics of the latent, see `features`.
+
+        The product of two, from -1 to 1, says how alike two pictures are. Of a file only a part of the symbols is
+        decoded and no pixels; its model, and the one that describes a picture, must be the same for that. A file with a
+        picture that is stored without loss is described as that picture.
+
+        Raises as `encode` and `decode`.
+        """
+        if not container.is_file(source):
+            return self._described(self._load(source, {}))
+        with Reader(cast("FileSource", source), self.limits) as reader:
+            header = reader.header
+            reader.check_length()
+            if header.lossless:
+                return self._described(unstored(reader, whole(header), 1))
+            decoding = self._decoding(reader)
+            tiles = decoding.grid.tiles()
+            found = self._each(decoding.model, decoding.grid, tiles, decoding.first)
+            return features.describe(decoding.model, decoding.grid, zip(tiles, found, strict=True))
+
+    def _described(self, picture: Picture) -> NDArray[np.float32]:
+        codec = self.suited(picture, {})
+        model, grid = codec._model(codec.model), codec._grid(picture)
+        bands = _whole_bands(_colour(picture, grid), codec._bands(grid))
+
+        def sample(own: runtime.Model, analysed: Analysed) -> NDArray[np.float32]:
+            return features.sampled(own, analysed.tensors["y"])
+
+        found = (values for band in codec._analysed_bands(model, grid, bands, sample) for values in band)
+        return features.describe(model, grid, zip(grid.tiles(), found, strict=True))
+
+    def tensor_bits(self, data: FileSource) -> dict[str, float]:
+        """What each code tensor of a .hgc file takes of it, in bits, by the tables. Raises as `unpack`."""
+        decoding, symbols = self._unpacked(data)
+        bits = [tile.ideal_bits(decoding.model.tables) for tile in symbols]
+        return {name: sum(tile[name] for tile in bits) for name in bits[0]}
+
     def measure(self, image: ImageSource | Picture, coded: Code | FileSource) -> Distortion:
         """PSNR and MS-SSIM between a picture and what a Code or a file decodes to, on white where there is alpha.
 
@@ -309,7 +348,7 @@ class Codec:
 
     def warm_up(self) -> None:
         """Load the model and run it once, so that the first picture does not wait for it."""
-        side = self._model(self.model).tile.stride
+        side = self._model(self.model).side
         for width in (16, side + 16):  # one tile with all threads, more with a thread each
             self.decode(self.encode(np.zeros((16, width, 3), np.uint8), fallback=False))
 
@@ -317,7 +356,7 @@ class Codec:
         key = model_id, threads or self._threads
         with self._lock:
             if key not in self._models:
-                self._models[key] = runtime.Model(model_id, self._zoo, key[1])
+                self._models[key] = runtime.open_model(model_id, self._zoo, key[1])
             return self._models[key]
 
     def _load(self, source: ImageSource | Picture, settings: Settings) -> Picture:
@@ -328,8 +367,24 @@ class Codec:
             return source
         return load(source, self.limits, settings)
 
+    def suited(self, picture: Picture | Strips, settings: Settings) -> Codec:
+        """The codec that encodes a picture: this one, or one with its model's counterpart for grey ones, where that is
+        wanted and there is one.
+
+        Raises `InvalidArgument` for colours and a model of grey pictures.
+        """
+        model = self._model(self.model)
+        if picture.grey and model.grey and settings.get("grey_model", True):
+            return self.with_model(model.grey)
+        if model.colours == 1 and not picture.grey:
+            raise InvalidArgument(
+                f"model {model.id!r} codes grey pictures only, and this one has colours; make it grey first, or choose "
+                "another model"
+            )
+        return self
+
     def _grid(self, picture: Picture | Strips) -> Grid:
-        return Grid(picture.width, picture.height, self._model(self.model).tile.stride)
+        return Grid(picture.width, picture.height, self._model(self.model).side)
 
     def _bands(self, grid: Grid) -> list[range]:
         self.limits.check_tiles(len(grid))
@@ -371,7 +426,7 @@ class Codec:
             def analyse(tile: Tile, own: runtime.Model, top: int = top, pixels: NDArray[np.uint8] = pixels) -> _Result:
                 place = tile.x, tile.y - top, tile.width, tile.height
                 mine = pixels[tile.y - top : tile.y - top + tile.height, tile.x : tile.x + tile.width]
-                return work(own, Analysed(own, mine, *own.analyse(pixels, *place)))
+                return work(own, Analysed(own, mine, own.analyse(pixels, *place)))
 
             yield self._each(model, grid, grid.tiles(rows), analyse)
 
@@ -454,8 +509,7 @@ class Codec:
         def keep(_: runtime.Model, analysed: Analysed) -> Analysed:
             if detailed:
                 return analysed
-            short = cast("NDArray[np.float32]", analysed.latent.astype(np.float16))
-            return replace(analysed, latent=short)
+            return replace(analysed, tensors={**analysed.tensors, "y": analysed.tensors["y"].astype(np.float16)})
 
         bands = _whole_bands(_colour(picture, grid), self._bands(grid))
         return [analysed for band in self._analysed_bands(model, grid, bands, keep) for analysed in band]
@@ -534,13 +588,15 @@ class Codec:
                 f"code tensors are {_describe(got)}; model {model.id!r} expects {_describe(expected)} "
                 f"for a picture of {code.width}x{code.height} pixels"
             )
-        grid = Grid(code.width, code.height, model.tile.stride)
+        if model.colours == 1 and not code.grey:
+            raise CodeError(f"code is of a picture with colours; model {model.id!r} has grey ones only")
+        grid = Grid(code.width, code.height, model.side)
 
         def walk(tile: Tile, own: runtime.Model) -> Symbols:
             place = tile.x, tile.y, tile.width, tile.height
-            y, z = (rule.part(code.tensors[rule.name], *place) for rule in (model.latent, model.hyper))
-            coded = int(code.tensors[model.tile.name].flat[tile.number])
-            return walk_tile(own, code.quality, y, z, coded, tile.number)
+            parts = {rule.name: rule.part(code.tensors[rule.name], *place) for rule in own.tensors if rule != own.coded}
+            coded = int(code.tensors[own.coded.name].flat[tile.number]) if own.coded else own.latent.channels
+            return walk_tile(own, code.quality, parts, coded, tile)
 
         return model, grid, self._each(model, grid, grid.tiles(), walk)
 
@@ -614,9 +670,12 @@ def _code(model: runtime.Model, quality: float, grid: Grid, grey: bool, symbols:
     width, height = grid.width, grid.height
     tensors = {rule.name: np.zeros(rule.shape(width, height), np.int16) for rule in model.tensors}
     for tile, own in zip(grid.tiles(), symbols, strict=True):
-        tensors[model.tile.name].flat[tile.number] = 4 * model.widths[own.width]
-        for rule, value in ((model.latent, widen(own.y, model.latent.channels)), (model.hyper, own.z)):
-            rule.part(tensors[rule.name], tile.x, tile.y, tile.width, tile.height)[:] = value
+        for rule in model.tensors:
+            if rule == model.coded:
+                tensors[rule.name].flat[tile.number] = 4 * model.widths[own.width]
+            else:
+                part = rule.part(tensors[rule.name], tile.x, tile.y, tile.width, tile.height)
+                part[:] = widen(own.tensors[rule.name], len(part))
     return Code(model.id, quality, width, height, tensors, grey)
 
 

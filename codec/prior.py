@@ -1,8 +1,12 @@
-"""The steps of the prior: one loop that encoder and decoder share, so that both see the same integers.
+"""Which table codes a symbol: one walk over the parts of a tile's code, which encoder and decoder share, so that both
+see the same integers.
 
-The latent is coded in four steps. Its channels form four groups (quarters, in order), its positions four phases (2 *
-parity of the row + parity of the column); at phase p, step k codes group k XOR p. A part, the elements of one step,
-is an array (c, h/2, w/2) phase by phase.
+Of a classic model a tile has one part, the symbols of y, each channel with its table; and where it has a location map
+a second, the locations of those that are not 0.
+
+Of a hyperprior model the hyper-latent z comes first, then the latent in four steps. Its channels form four groups
+(quarters, in order), its positions four phases (2 * parity of the row + parity of the column); at phase p, step k codes
+group k XOR p. The elements of one step are an array (c, h/2, w/2) phase by phase.
 
 Channels that are strong come first in each quarter. Of a tile where the last ones of each are all zero only the first
 n channels of each quarter are worked on, c = 4 n in all; the others have symbols and means of zero.
@@ -11,12 +15,14 @@ n channels of each quarter are worked on, c = 4 n in all; the others have symbol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec.runtime import Model
+from hourglass.codec.errors import ModelError
+from hourglass.codec.runtime import Classic, Hyperprior, Model
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -28,14 +34,88 @@ FINE = 16
 KNOWN = 2047
 """Largest magnitude, in the prior's units, of what is known of the latent."""
 
-Choose: TypeAlias = Callable[[int, NDArray[np.uint8], NDArray[np.int16]], NDArray[np.int16]]
-"""(step, tables, means in 1/FINE symbols) -> symbols; all three arrays are parts."""
+
+@dataclass(frozen=True)
+class Part:
+    """Some symbols of a tile and how they are coded.
+
+    name: of the code tensor that they belong to. tables: for each symbol. mean: in 1/FINE symbols what was subtracted
+    before rounding, or None for nothing. step: of those that code the tensor.
+    """
+
+    name: str
+    tables: NDArray[np.uint8]
+    mean: NDArray[np.int16] | None = None
+    step: int | None = None
+
+    def of(self, whole: NDArray[_Number]) -> NDArray[_Number]:
+        """The elements of a tensor (C, h, w) that this part codes."""
+        return whole if self.step is None else gather(whole, self.step)
+
+
+Choose: TypeAlias = Callable[[Part], NDArray[np.int16]]
+"""The symbols of a part, of the shape of its tables."""
 
 
 def walk(
-    model: Model, quality: float, z: NDArray[np.int16], rows: int, columns: int, width: int, choose: Choose
+    model: Model, quality: float, width: int, height: int, index: int, choose: Choose
+) -> tuple[dict[str, NDArray[np.int16]], NDArray[np.float32]]:
+    """Go through the parts of a tile of width x height pixels. `choose` makes their symbols, by rounding or from a
+    file.
+
+    index: into `model.widths`. Returns by name the symbols, of the latent the coded channels; and what the synthesis
+    takes before the inverse gain: (c, h, w) float32 in 1/FINE symbols, exact, with positions that pad the picture.
+    """
+    if isinstance(model, Hyperprior):
+        shape = model.hyper.shape(width, height)
+        z = choose(Part("z", np.broadcast_to(model.hyper_tables(quality)[:, None, None], shape)))
+        _, rows, columns = model.latent.shape(width, height)
+        y, latent = _steps(model, quality, z, rows, columns, index, choose)
+        return {"y": y, "z": z}, latent
+    if not isinstance(model, Classic):
+        raise ModelError(f"model {model.id!r} is of no family that this release knows; upgrade")
+    shape = model.latent.shape(width, height)
+    y = choose(Part("y", np.broadcast_to(model.symbol_tables(quality)[:, None, None], shape)))
+    symbols, fine = {"y": y}, y.astype(np.float32) * FINE
+    if model.located:
+        tables = np.where(y, model.location_tables[:, None, None], 0).astype(np.uint8)
+        symbols["l"] = choose(Part("l", tables))
+        fine = np.concatenate([fine, symbols["l"].astype(np.float32) * FINE])
+    return symbols, fine
+
+
+class _Enough(Exception):  # ends a walk, and is no error
+    def __init__(self, part: Part, symbols: NDArray[np.int16]) -> None:
+        self.part, self.symbols = part, symbols
+
+
+def first_of_latent(
+    model: Model, quality: float, width: int, height: int, index: int, choose: Choose
+) -> NDArray[np.float32]:
+    """`walk` to the end of the first part that codes the latent, and no further: its values before the inverse gain.
+
+    Of a hyperprior model these are a quarter of the latent, each channel at one position in four: (c, h/2, w/2) float32
+    in symbols; of a classic one all of it.
+    """
+
+    def until(part: Part) -> NDArray[np.int16]:
+        symbols = choose(part)
+        if part.name == "y":
+            raise _Enough(part, symbols)
+        return symbols
+
+    try:
+        walk(model, quality, width, height, index, until)
+    except _Enough as found:
+        values = found.symbols.astype(np.float32)
+        return values if found.part.mean is None else values + found.part.mean * np.float32(1 / FINE)
+    raise AssertionError(f"model {model.id!r} codes no latent")
+
+
+def _steps(
+    model: Hyperprior, quality: float, z: NDArray[np.int16], rows: int, columns: int, width: int, choose: Choose
 ) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
-    """Run the prior step by step; `choose` makes each part's symbols, by rounding or from a file.
+    """Run the prior step by step.
 
     z: symbols of the hyper-latent (Z, h, w). rows, columns: of the latent that are coded; those behind them, up to 4 h
     and 4 w, have symbols 0 and are worth their means. width: index into `model.widths`. Returns the symbols
@@ -54,7 +134,7 @@ def walk(
         for part, (_, down, across) in zip(np.split(table, 4), places(channels, step), strict=True):
             part[:, -((down.start - rows) // 2) :] = 0
             part[:, :, -((across.start - columns) // 2) :] = 0
-        chosen = choose(step, table, mean)
+        chosen = choose(Part("y", table, mean, step))
         fine = chosen.astype(np.int32)
         fine *= FINE
         fine += mean

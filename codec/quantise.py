@@ -16,15 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec import entropy, prior
-from hourglass.codec.runtime import Model
+from hourglass.codec.prior import Part
+from hourglass.codec.runtime import Analysis, Hyperprior, Model
 
 _Number = TypeVar("_Number", bound=np.generic)
 
 Effort: TypeAlias = Literal["fast", "default", "best"]
 """How hard the encoder looks for the smallest file; the decoder neither knows nor cares."""
-
-Part: TypeAlias = tuple[NDArray[np.int16], NDArray[np.uint8]]
-"""Symbols and their tables."""
 
 WORTH, HYPER_WORTH = 22.0, 4.0
 """Bits that one squared step of error in a symbol of the latent, of the hyper-latent is worth; measured, see
@@ -45,33 +43,40 @@ _TURNS = 10
 
 @dataclass(frozen=True)
 class Analysed:
-    """A tile (H, W, 3) uint8 and what the analysis transforms make of it; they know nothing of quality."""
+    """A tile (H, W, 3) or (H, W) uint8 and what the analysis transforms make of it; they know nothing of quality."""
 
     model: Model
     pixels: NDArray[np.uint8]
-    latent: NDArray[np.float32]
-    hyper: NDArray[np.float32]
+    tensors: Analysis
 
 
 @dataclass(frozen=True)
 class Symbols:
     """A tile as integers.
 
-    y, z: its part of the code tensors, y of c channels only. width: index into the model's widths, which says how many
-    channels c has. parts: symbols and tables in the order coded. latent: the latent times gain, dequantised, in 1/16
-    symbols, padded.
+    tensors: by name its part of the code tensors, of the latent the coded channels only. width: index into the model's
+    widths, which says how many these are. parts: symbols and their tables in the order coded. latent: what the
+    synthesis takes before the inverse gain, in 1/16 symbols, padded.
     """
 
-    y: NDArray[np.int16]
-    z: NDArray[np.int16]
+    tensors: dict[str, NDArray[np.int16]]
     width: int
-    parts: list[Part]
+    parts: list[tuple[NDArray[np.int16], Part]]
     latent: NDArray[np.float32]
+
+    def ideal_bits(self, tables: entropy.Tables) -> dict[str, float]:
+        """What the tables say that each tensor takes, in bits."""
+        bits = dict.fromkeys(self.tensors, 0.0)
+        for chosen, part in self.parts:
+            bits[part.name] += entropy.ideal_bits(chosen, part.tables, tables)
+        return bits
 
 
 def quantise(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
-    """Gain, prior, rounding. quality: as the file stores it."""
-    return _best(analysed, quality) if effort == "best" else _once(analysed, quality, effort)[0]
+    """Gain, prior, rounding. quality: as the file stores it. For a classic model `best` is `default`."""
+    if effort == "best" and isinstance(analysed.model, Hyperprior):
+        return _best(analysed, analysed.model, quality)
+    return _once(analysed, quality, effort)[0]
 
 
 def dequantise(
@@ -107,39 +112,36 @@ def widen(coded: NDArray[_Number], channels: int) -> NDArray[_Number]:
     return whole
 
 
-def hyper_tables(model: Model, quality: float, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The table of each symbol of the hyper-latent."""
-    return np.broadcast_to(model.hyper_tables(quality)[:, None, None], shape)
-
-
 def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, list[NDArray[np.float32]]]:
     """Symbols, and for each step of the prior the latent less its mean."""
-    model = analysed.model
-    hyper = analysed.hyper * model.hyper_gain(quality)[:, None, None]
-    tables = hyper_tables(model, quality, hyper.shape)
-    z = _rounded(hyper, tables, model)
-    if effort != "fast":
-        _drop(z, hyper, tables, model, HYPER_WORTH)
-    parts: list[Part] = [(z, tables)]
-    rests = []
+    model, tensors = analysed.model, dict(analysed.tensors)
     height, width = analysed.pixels.shape[:2]
     _, rows, columns = model.latent.shape(width, height)
-    scaled = analysed.latent * model.gain(quality)[:, None, None]
-    index = _width(scaled[:, :rows, :columns], model.widths)
-    scaled = narrow(scaled, model.widths[index])
+    tensors["y"] = tensors["y"] * model.gain(quality)[:, None, None]
+    index = _width(tensors["y"][:, :rows, :columns], model.widths)
+    if isinstance(model, Hyperprior):
+        tensors["z"] = tensors["z"] * model.hyper_gain(quality)[:, None, None]
+        tensors["y"] = narrow(tensors["y"], model.widths[index])
+    parts: list[tuple[NDArray[np.int16], Part]] = []
+    rests = []
 
-    def choose(step: int, tables: NDArray[np.uint8], mean: NDArray[np.int16]) -> NDArray[np.int16]:
-        rest = prior.gather(scaled, step)
-        rest -= mean * np.float32(1 / prior.FINE)
-        symbols = _rounded(rest, tables, model)
-        if effort != "fast":
-            _drop(symbols, rest, tables, model, WORTH)
-        parts.append((symbols, tables))
-        rests.append(rest)
+    def choose(part: Part) -> NDArray[np.int16]:
+        wanted = part.of(tensors[part.name])
+        if part.name == "l":  # locations are whole as they are, and there are none where the latent is 0
+            symbols = np.where(model.tables.sure_zero[part.tables], 0, wanted).astype(np.int16)
+        else:
+            if part.mean is not None:
+                wanted -= part.mean * np.float32(1 / prior.FINE)
+            symbols = _rounded(wanted, part.tables, model)
+            if effort != "fast":
+                _drop(symbols, wanted, part.tables, model, HYPER_WORTH if part.name == "z" else WORTH)
+        if part.step is not None:
+            rests.append(wanted)
+        parts.append((symbols, part))
         return symbols
 
-    y, latent = prior.walk(model, quality, z, rows, columns, index, choose)
-    return Symbols(y, z, index, parts, latent), rests
+    coded, latent = prior.walk(model, quality, width, height, index, choose)
+    return Symbols(coded, index, parts, latent), rests
 
 
 def _width(scaled: NDArray[np.float32], widths: tuple[int, ...]) -> int:
@@ -179,23 +181,22 @@ def _drop(
     flat[places] = np.where(saved > worth * worse, nearer, symbol)
 
 
-def _best(analysed: Analysed, quality: float) -> Symbols:
+def _best(analysed: Analysed, model: Hyperprior, quality: float) -> Symbols:
     """The better of every step that was tried, by bits + lambda * squared error."""
-    model = analysed.model
     weight = model.weight_of_error(quality) / 3  # of the error summed over red, green and blue
     gain, inverse = model.gain(quality)[:, None, None], model.inverse_gain(quality)[:, None, None]
 
     def judge(latent: NDArray[np.float32]) -> tuple[float, Symbols, NDArray[np.float32]]:
         """The sum to make small, the symbols, and the direction in which it grows, in symbols."""
-        symbols, rests = _once(replace(analysed, latent=latent), quality, "default")
+        symbols, rests = _once(replace(analysed, tensors={**analysed.tensors, "y": latent}), quality, "default")
         coded = widen(symbols.latent, len(latent))
         error, slope = model.error_slope(coded * (inverse * np.float32(1 / prior.FINE)), analysed.pixels)
         slope *= weight * inverse
         slope += widen(_rate_slope(symbols, rests, model), len(slope))
-        bits = sum(entropy.ideal_bits(*part, model.tables) for part in symbols.parts)
+        bits = sum(symbols.ideal_bits(model.tables).values())
         return bits + weight * error, symbols, slope
 
-    latent, length = analysed.latent, 0.3
+    latent, length = analysed.tensors["y"], 0.3
     total, best, slope = judge(latent)
     for _ in range(_TURNS):
         # A squared step of a symbol is worth WORTH bits, half the curvature: `length` damps a Newton step.
@@ -214,7 +215,8 @@ def _rate_slope(symbols: Symbols, rests: list[NDArray[np.float32]], model: Model
     reach = 15
     costs = model.costs(reach)
     out = np.zeros(symbols.latent.shape, np.float32)
-    for step, ((_, tables), rest) in enumerate(zip(symbols.parts[1:], rests, strict=True)):
+    for step, ((_, part), rest) in enumerate(zip(symbols.parts[1:], rests, strict=True)):
+        tables = part.tables
         below = np.clip(np.floor(rest), -reach, reach - 1).astype(np.intp) + reach
         slope = np.clip(costs[tables, below + 1] - costs[tables, below], -15, 15)
         slope[model.tables.sure_zero[tables] | (abs(rest) > reach)] = 0

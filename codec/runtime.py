@@ -1,8 +1,12 @@
 """Models at run time: the zoo, its manifests and frozen numbers, the ONNX sessions. The only user of onnxruntime.
 
-A model is a folder `zoo/<id>/`: encoder.onnx, prior.onnx, decoder.onnx, gradient.onnx, tables.npz, manifest.json.
-The manifest names the sha256 of the other files; each is verified when it is first loaded, and no file is loaded before
-it is needed.
+A model is a folder `zoo/<id>/`: manifest.json, tables.npz, encoder.onnx, decoder.onnx and what else its family has. The
+manifest names the sha256 of the other files; each is verified when it is first loaded, and no file is loaded before it
+is needed.
+
+    Model
+    +-- Hyperprior   the flagship: prior.onnx says the tables, from a hyper-latent and what is known of the latent
+    +-- Classic      static tables for each channel; location maps where it pools by maximum
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ import io
 import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,61 +106,71 @@ class Patch:
     keep: tuple[int, int, int, int]
 
 
-class Model:
-    """One model of a zoo. Thread-safe; sessions are made on first use and kept.
+Analysis: TypeAlias = Mapping[str, NDArray[Any]]
+"""What the analysis transforms make of a tile: by name the latent, and what else the family's code has, (C, h, w)."""
+
+
+def open_model(model_id: str, zoo: Path = ZOO, threads: int | None = None) -> Model:
+    """A model of a zoo, of the class of its family.
 
     threads: cores that one analysis or synthesis may use; the symbols do not depend on it.
 
-    Raises `UnknownModelError` (no such id), and `ModelError` whenever a file is missing or is not what the
-    manifest says.
+    Raises `UnknownModelError` (no such id), and `ModelError` when its manifest is unusable.
+    """
+    if model_id not in (known := model_ids(zoo)):
+        raise UnknownModelError(f"no model {model_id!r} is installed; known models: {', '.join(known) or 'none'}")
+    try:
+        manifest: dict[str, Any] = json.loads((zoo / model_id / "manifest.json").read_text())
+        family = _FAMILIES[manifest.get("family", "hyperprior")]
+        return family(model_id, zoo / model_id, manifest, threads or usable_cores())
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ModelError(f"model {model_id!r} has an unusable manifest: {exc!r}; reinstall the package") from exc
+
+
+class Model:
+    """One model of a zoo; `open_model` makes it. Thread-safe; sessions are made on first use and kept.
+
+    id: permanent. manifest: as plain data. tensors: the rules of its code tensors, the first of them the latent.
+    coded: the rule of the tensor that says how many channels of each tile's latent are coded, or None for all of them.
+    widths: how many of each quarter of the latent's channels may be coded. side: of a tile, in pixels. padding:
+    pictures are padded to multiples of it. halo: positions around a tile that the transforms look at. reach: positions
+    of the latent beyond its own that a pixel depends on. core: channels of each quarter that every tile's synthesis
+    gets. colours: channels of the pictures, 3, or 1 for a model of grey ones. grey: id of the model for grey pictures,
+    or None.
+
+    Raises `ModelError` whenever a file is missing or is not what the manifest says.
     """
 
-    def __init__(self, model_id: str, zoo: Path = ZOO, threads: int | None = None) -> None:
-        self.id = model_id
-        self._folder = zoo / model_id
-        self._threads = threads or usable_cores()
+    coded: TensorRule | None = None
+    colours = 3
+    grey: str | None = None
+    side: int
+    padding: int
+    reach: int
+    core: int
+    widths: tuple[int, ...]
+
+    def __init__(self, model_id: str, folder: Path, manifest: dict[str, Any], threads: int) -> None:
+        self.id, self.manifest = model_id, manifest
+        self._folder = folder
+        self._threads = threads
         self._lock = threading.Lock()
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._costs: dict[int, NDArray[np.float32]] = {}
-        if model_id not in (known := model_ids(zoo)):
-            raise UnknownModelError(f"no model {model_id!r} is installed; known models: {', '.join(known) or 'none'}")
-        try:
-            self.manifest: dict[str, Any] = json.loads((self._folder / "manifest.json").read_text())
-            self.tensors = tuple(TensorRule(**rule) for rule in self.manifest["code"])
-            self.latent, self.hyper, self.tile = self.tensors
-            self.widths = tuple(int(width) for width in self.manifest["widths"])
-            self.halo = int(self.manifest["halo"])
-            network = self.manifest["network"]
-            self.core = int(network["core"]) // 4
-            # Positions of the latent beyond its own that a pixel depends on: 3x3 filters, one in each block at 1/16 and
-            # 1/8 resolution, and one more.
-            fine, coarse = network["synthesis_blocks"]
-            self.reach = int(coarse) + (int(fine) + 2) // 2
-            self._features, self._lambdas = network["features"], (network["lambda_low"], network["lambda_high"])
-            self._sha256: dict[str, str] = dict(self.manifest["sha256"])
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise ModelError(f"model {model_id!r} has an unusable manifest: {exc!r}; reinstall the package") from exc
+        self.tensors = tuple(TensorRule(**rule) for rule in manifest["code"])
+        self.latent = self.tensors[0]
+        self.halo = int(manifest["halo"])
+        self._sha256: dict[str, str] = dict(manifest["sha256"])
 
     @cached_property
     def _numbers(self) -> dict[str, NDArray[Any]]:
         with np.load(io.BytesIO(self._file("tables.npz")), allow_pickle=False) as arrays:
-            numbers = {name: arrays[name] for name in arrays.files}
-        # What the proof of exactness takes for granted of the prior's inputs.
-        largest = max(abs(numbers[name]).max() for name in ("latent_exponent", "hyper_exponent"))
-        if numbers["mantissa"].max() > exactness.MANTISSA or largest > _EXPONENT:
-            raise ModelError(f"tables.npz of model {self.id!r} has units that prior.onnx is not exact for; reinstall")
-        return numbers
+            return {name: arrays[name] for name in arrays.files}
 
     @cached_property
     def tables(self) -> Tables:
         """The frozen probability tables."""
         return Tables(*(self._numbers[name] for name in ("first", "start", "frequencies")))
-
-    @property
-    def level_tables(self) -> NDArray[np.uint8]:
-        """(64,) uint8: the table of each scale of the prior's ladder."""
-        tables: NDArray[np.uint8] = self._numbers["level_tables"]
-        return tables
 
     def costs(self, reach: int) -> NDArray[np.float32]:
         """(tables, 2 reach + 1) float32: bits of the symbols -reach..reach in each table, escapes at 32."""
@@ -171,11 +186,6 @@ class Model:
             self._costs[reach] = costs
         return self._costs[reach]
 
-    def hyper_tables(self, quality: float) -> NDArray[np.uint8]:
-        """(Z,) uint8: the table of each channel of the hyper-latent at `quality`."""
-        tables: NDArray[np.uint8] = self._numbers["hyper_tables"][(_hundredths(quality) + 50) // 100]
-        return tables
-
     def gain(self, quality: float) -> NDArray[np.float32]:
         """(C,) float32: what the latent is multiplied by before rounding."""
         return self._at_quality("log_gain", quality)
@@ -184,10 +194,6 @@ class Model:
         """(C,) float32: what a dequantised symbol is multiplied by before synthesis."""
         return self._at_quality("log_inverse", quality)
 
-    def hyper_gain(self, quality: float) -> NDArray[np.float32]:
-        """(Z,) float32: what the hyper-latent is multiplied by before rounding."""
-        return self._at_quality("log_hyper_gain", quality)
-
     def _at_quality(self, name: str, quality: float) -> NDArray[np.float32]:
         """exp of an (anchors, channels) table of logarithms, linear in between; anchors lie evenly in 0..100."""
         rows = self._numbers[name]
@@ -195,6 +201,124 @@ class Model:
         low = min(int(place), len(rows) - 2)
         part = np.float32(place - low)
         return np.asarray(np.exp(rows[low] * (1 - part) + rows[low + 1] * part), np.float32)
+
+    def analyse(self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> Analysis:
+        """Analysis transforms of a rectangle of a picture (H, W, 3) or (H, W) uint8: the latent, float32, and what else
+        the family has of it.
+
+        x, y: its corner, multiples of 64. Where the picture ends it is padded with its last row and column, up to a
+        multiple of `padding`.
+        """
+        raise NotImplementedError
+
+    def synthesise(self, patch: Patch, scale: int = 1) -> NDArray[np.uint8]:
+        """Synthesis transform: (16 rows / scale, 16 columns / scale, colours) uint8 of the positions to keep.
+
+        scale: 1, or 2, 4, 8 for a smaller picture.
+        """
+        raise NotImplementedError
+
+    def _image(self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> dict[str, NDArray[Any]]:
+        """The inputs of encoder.onnx for a rectangle, see `analyse`."""
+        halo = self.halo * STRIDE
+        bottom, right = y + height + -height % self.padding, x + width + -width % self.padding
+        top, left = max(y - halo, 0), max(x - halo, 0)
+        # Beyond the rectangle only what the picture has, in whole positions.
+        low = max(bottom, min(bottom + halo, pixels.shape[0] // STRIDE * STRIDE))
+        far = max(right, min(right + halo, pixels.shape[1] // STRIDE * STRIDE))
+        part = pixels[top:low, left:far]
+        if part.ndim == 2:
+            part = np.repeat(part[..., None], self.colours, axis=2)
+        missing = (low - top - part.shape[0], far - left - part.shape[1])
+        if any(missing):
+            part = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+        keep = np.array([y - top, bottom - top, x - left, right - left], np.int64) // STRIDE
+        return {"image": np.ascontiguousarray(part)[None], "keep": keep}
+
+    def _run(self, file: str, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        session = self._sessions.get(file) or self._open(file)
+        try:
+            results: list[NDArray[Any]] = session.run(None, inputs)
+        except Exception as exc:  # onnxruntime's exceptions share no public base class
+            shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
+            raise HourglassError(f"{file} of model {self.id!r} failed on {shapes}: {exc}") from exc
+        return results
+
+    def _open(self, file: str) -> ort.InferenceSession:
+        import onnxruntime as ort
+
+        with self._lock:
+            if file not in self._sessions:
+                options = ort.SessionOptions()
+                options.intra_op_num_threads = self._threads
+                # A busy server gains nothing from spinning.
+                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+                options.log_severity_level = 3
+                if file == "prior.onnx":  # its small layers gain nothing from a blocked layout
+                    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+                data = self._file(file)
+                if file == "prior.onnx" and exactness.bounds(data) != self.manifest.get("exactness"):
+                    raise ModelError(f"prior.onnx of model {self.id!r} is not as exact as its manifest says; reinstall")
+                self._sessions[file] = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            return self._sessions[file]
+
+    def _file(self, name: str) -> bytes:
+        try:
+            data = (self._folder / name).read_bytes()
+        except OSError as exc:
+            raise ModelError(f"model {self.id!r} lacks {name}: {exc}; reinstall the package") from exc
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != self._sha256.get(name):
+            raise ModelError(
+                f"{name} of model {self.id!r} has sha256 {digest}, its manifest says {self._sha256.get(name)}; "
+                "reinstall the package"
+            )
+        return data
+
+
+class Hyperprior(Model):
+    """Mean and scale of each symbol come from prior.onnx, out of a hyper-latent z and what is known of the latent y.
+
+    Further files: prior.onnx, gradient.onnx, reduced-2.onnx, -4 and -8.
+    """
+
+    padding = PADDING
+
+    def __init__(self, model_id: str, folder: Path, manifest: dict[str, Any], threads: int) -> None:
+        super().__init__(model_id, folder, manifest, threads)
+        _, self.hyper, self.coded = self.tensors
+        self.side = self.coded.stride
+        self.widths = tuple(int(width) for width in manifest["widths"])
+        network = manifest["network"]
+        self.core = int(network["core"]) // 4
+        # 3x3 filters, one in each block at 1/16 and 1/8 resolution, and one more.
+        fine, coarse = network["synthesis_blocks"]
+        self.reach = int(coarse) + (int(fine) + 2) // 2
+        self._features, self._lambdas = network["features"], (network["lambda_low"], network["lambda_high"])
+
+    @cached_property
+    def _numbers(self) -> dict[str, NDArray[Any]]:
+        numbers = super()._numbers
+        # What the proof of exactness takes for granted of the prior's inputs.
+        largest = max(abs(numbers[name]).max() for name in ("latent_exponent", "hyper_exponent"))
+        if numbers["mantissa"].max() > exactness.MANTISSA or largest > _EXPONENT:
+            raise ModelError(f"tables.npz of model {self.id!r} has units that prior.onnx is not exact for; reinstall")
+        return numbers
+
+    @property
+    def level_tables(self) -> NDArray[np.uint8]:
+        """(64,) uint8: the table of each scale of the prior's ladder."""
+        tables: NDArray[np.uint8] = self._numbers["level_tables"]
+        return tables
+
+    def hyper_tables(self, quality: float) -> NDArray[np.uint8]:
+        """(Z,) uint8: the table of each channel of the hyper-latent at `quality`."""
+        tables: NDArray[np.uint8] = self._numbers["hyper_tables"][_nearest(quality)]
+        return tables
+
+    def hyper_gain(self, quality: float) -> NDArray[np.float32]:
+        """(Z,) float32: what the hyper-latent is multiplied by before rounding."""
+        return self._at_quality("log_hyper_gain", quality)
 
     def units(self, quality: float, width: int) -> Units:
         """The prior's inputs that depend on quality and width alone, from integers, the same on every machine."""
@@ -223,30 +347,10 @@ class Model:
         mantissa = self._numbers["mantissa"][exponent % 256]
         return np.ldexp(mantissa.astype(np.float32), (exponent // 256 + shift - 8).astype(np.int32))[:, None, None]
 
-    def analyse(
-        self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Analysis transforms of a rectangle of a picture (H, W, 3) or (H, W) uint8 -> latent (C, 4 h, 4 w) and
-        hyper-latent (Z, h, w), float32.
-
-        x, y: its corner, multiples of PADDING. h = ceil(height / 64), w = ceil(width / 64): where the picture ends it
-        is padded with its last row and column.
-        """
-        halo = self.halo * STRIDE
-        bottom, right = y + height + -height % PADDING, x + width + -width % PADDING
-        top, left = max(y - halo, 0), max(x - halo, 0)
-        # Beyond the rectangle only what the picture has, in whole positions.
-        low = max(bottom, min(bottom + halo, pixels.shape[0] // STRIDE * STRIDE))
-        far = max(right, min(right + halo, pixels.shape[1] // STRIDE * STRIDE))
-        part = pixels[top:low, left:far]
-        if part.ndim == 2:
-            part = np.repeat(part[..., None], 3, axis=2)
-        missing = (low - top - part.shape[0], far - left - part.shape[1])
-        if any(missing):
-            part = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
-        keep = np.array([y - top, bottom - top, x - left, right - left], np.int64) // STRIDE
-        latent, hyper = self._run("encoder.onnx", {"image": np.ascontiguousarray(part)[None], "keep": keep})
-        return latent[0], hyper[0]
+    def analyse(self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> Analysis:
+        """See `Model.analyse`: y (C, 4 h, 4 w) and z (Z, h, w), h = ceil(height / 64), w = ceil(width / 64)."""
+        latent, hyper = self._run("encoder.onnx", self._image(pixels, x, y, width, height))
+        return {"y": latent[0], "z": hyper[0]}
 
     def step(
         self, step: int, z: NDArray[np.int16], known: NDArray[np.int16], features: NDArray[np.float32], units: Units
@@ -306,45 +410,64 @@ class Model:
         decoded: NDArray[np.uint8] = pixels[0]
         return decoded
 
-    def _run(self, file: str, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        session = self._sessions.get(file) or self._open(file)
-        try:
-            results: list[NDArray[Any]] = session.run(None, inputs)
-        except Exception as exc:  # onnxruntime's exceptions share no public base class
-            shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
-            raise HourglassError(f"{file} of model {self.id!r} failed on {shapes}: {exc}") from exc
-        return results
 
-    def _open(self, file: str) -> ort.InferenceSession:
-        import onnxruntime as ort
+class Classic(Model):
+    """Each channel of the latent y has one table for each quality. Where the network pools by maximum, the location map
+    l (C, h, w) is the other half of the code: 0 to 3 for the place in a patch of 2x2, and 0 where y is 0.
 
-        with self._lock:
-            if file not in self._sessions:
-                options = ort.SessionOptions()
-                options.intra_op_num_threads = self._threads
-                # A busy server gains nothing from spinning.
-                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-                options.log_severity_level = 3
-                if file == "prior.onnx":  # its small layers gain nothing from a blocked layout
-                    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-                data = self._file(file)
-                if file == "prior.onnx" and exactness.bounds(data) != self.manifest.get("exactness"):
-                    raise ModelError(f"prior.onnx of model {self.id!r} is not as exact as its manifest says; reinstall")
-                self._sessions[file] = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-            return self._sessions[file]
+    What the synthesis takes is y with l behind it, as channels.
+    """
 
-    def _file(self, name: str) -> bytes:
-        try:
-            data = (self._folder / name).read_bytes()
-        except OSError as exc:
-            raise ModelError(f"model {self.id!r} lacks {name}: {exc}; reinstall the package") from exc
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != self._sha256.get(name):
-            raise ModelError(
-                f"{name} of model {self.id!r} has sha256 {digest}, its manifest says {self._sha256.get(name)}; "
-                "reinstall the package"
-            )
-        return data
+    padding = STRIDE
+
+    def __init__(self, model_id: str, folder: Path, manifest: dict[str, Any], threads: int) -> None:
+        super().__init__(model_id, folder, manifest, threads)
+        self.located = self.tensors[1] if len(self.tensors) > 1 else None
+        self.side, self.reach = int(manifest["side"]), self.halo
+        self.widths = (self.latent.channels // 4,)
+        self.core = sum(rule.channels for rule in self.tensors) // 4
+        self.colours, self.grey = int(manifest["network"]["colours"]), manifest.get("grey")
+
+    def symbol_tables(self, quality: float) -> NDArray[np.uint8]:
+        """(C,) uint8: the table of each channel of the latent at `quality`."""
+        tables: NDArray[np.uint8] = self._numbers["symbol_tables"][_nearest(quality)]
+        return tables
+
+    def inverse_gain(self, quality: float) -> NDArray[np.float32]:
+        """See `Model.inverse_gain`; 1 for locations."""
+        inverse = super().inverse_gain(quality)
+        return np.pad(inverse, (0, 4 * self.core - len(inverse)), constant_values=1)
+
+    @property
+    def location_tables(self) -> NDArray[np.uint8]:
+        """(C,) uint8: the table of each channel of the location map, where the latent is not 0."""
+        tables: NDArray[np.uint8] = self._numbers["location_tables"]
+        return tables
+
+    def analyse(self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> Analysis:
+        """See `Model.analyse`: y, and l int16, both (C, ceil(height / 16), ceil(width / 16))."""
+        results = self._run("encoder.onnx", self._image(pixels, x, y, width, height))
+        return {rule.name: result[0] for rule, result in zip(self.tensors, results, strict=True)}
+
+    def synthesise(self, patch: Patch, scale: int = 1) -> NDArray[np.uint8]:
+        """See `Model.synthesise`; a smaller picture is the whole one's means."""
+        (pixels,) = self._run("decoder.onnx", {"latent": patch.core, "keep": np.array(patch.keep, np.int64)})
+        return reduced(pixels[0], scale)
+
+
+_FAMILIES: dict[str, type[Model]] = {"hyperprior": Hyperprior, "classic": Classic}
+
+
+def reduced(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    """Means of scale x scale pixels; where the picture ends it is padded with its last row and column."""
+    if scale == 1:
+        return pixels
+    height, width = pixels.shape[:2]
+    padding = [(0, -height % scale), (0, -width % scale), *[(0, 0)] * (pixels.ndim - 2)]
+    padded = np.pad(pixels, padding, mode="edge")
+    shape = (len(padded) // scale, scale, padded.shape[1] // scale, scale, *pixels.shape[2:])
+    sums = padded.reshape(shape).sum((1, 3), dtype=np.uint32)
+    return np.asarray((sums + scale * scale // 2) // (scale * scale), np.uint8)
 
 
 def _padded(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -352,6 +475,11 @@ def _padded(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     height, width = pixels.shape[:2]
     bottom, right = -height % PADDING, -width % PADDING
     return np.pad(pixels, ((0, bottom), (0, right), (0, 0)), mode="edge") if bottom or right else pixels
+
+
+def _nearest(quality: float) -> int:
+    """The row of a table with one for each whole quality."""
+    return (_hundredths(quality) + 50) // 100
 
 
 def _hundredths(quality: float) -> int:

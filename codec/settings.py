@@ -37,6 +37,7 @@ class Settings(TypedDict, total=False):
     srgb: convert colours to sRGB and drop the profile.
     frame: which one of an animation or of several pages, from 0.
     fallback: whether a picture may be stored losslessly where that is smaller; by default it may.
+    grey_model: whether a grey picture is coded by the model's counterpart for these, where it has one; by default so.
     """
 
     quality: float
@@ -48,6 +49,7 @@ class Settings(TypedDict, total=False):
     srgb: bool
     frame: int
     fallback: bool
+    grey_model: bool
 
 
 class View(TypedDict, total=False):

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from hourglass.codec import entropy, prior, runtime
 from hourglass.codec.errors import CodeError, ContainerError, CorruptError
-from hourglass.codec.quantise import Part, Symbols, dequantise, hyper_tables, narrow
+from hourglass.codec.prior import Part
+from hourglass.codec.quantise import Symbols, dequantise, narrow, widen
 
 _HEAD = struct.Struct("<IB")  # CRC-32 of the symbols, width
 
@@ -116,10 +117,11 @@ def patch(
     """
     halo, tall, wide = model.halo, grid.tile_height // runtime.STRIDE, grid.tile_width // runtime.STRIDE
     rows, columns = -(-tile.height // runtime.STRIDE), -(-tile.width // runtime.STRIDE)
+    padding = model.padding // runtime.STRIDE
     if tile.y + tile.height == grid.height:  # behind the picture's end lie the positions that pad it
-        rows += -rows % 4
+        rows += -rows % padding
     if tile.x + tile.width == grid.width:
-        columns += -columns % 4
+        columns += -columns % padding
     y0, y1, x0, x1 = window or (0, rows, 0, columns)
     top = max(y0 - model.reach, -halo if tile.y else 0)
     left = max(x0 - model.reach, -halo if tile.x else 0)
@@ -134,7 +136,7 @@ def patch(
     ]
     core = np.zeros((1, 4 * model.core, height, width), np.float32)
     all_zero = all(model.widths[piece.width] <= model.core for _, _, piece in around)
-    others = (1, model.latent.channels - 4 * model.core)
+    others = (1, max(model.latent.channels - 4 * model.core, 0))
     rest = np.zeros((*others, 1, 1) if all_zero else (*others, height, width), np.float32)
     for down, across, piece in around:
         # Where this piece lies in the patch.
@@ -151,8 +153,8 @@ def pack_tile(model: runtime.Model, quality: float, symbols: Symbols) -> bytes:
     """Symbols -> the bytes of a section. Raises `CodeError`."""
     encoder = entropy.Encoder(model.tables)
     try:
-        for values, tables in symbols.parts:
-            encoder.put(values, tables)
+        for values, part in symbols.parts:
+            encoder.put(values, part.tables)
     except ValueError as exc:
         raise CodeError(f"code of model {model.id!r} at quality {quality:g} cannot be coded: {exc}") from exc
     return _HEAD.pack(_crc(symbols), symbols.width) + encoder.finish()
@@ -160,35 +162,47 @@ def pack_tile(model: runtime.Model, quality: float, symbols: Symbols) -> bytes:
 
 def unpack_tile(model: runtime.Model, quality: float, section: memoryview, tile: Tile) -> Symbols:
     """Inverse of `pack_tile`. Raises `ContainerError`, `CorruptError`."""
-    if len(section) < _HEAD.size:
-        raise ContainerError(f"code section has {len(section)} bytes; expected {_HEAD.size} or more")
-    crc, width = _HEAD.unpack_from(section)
-    if width >= len(model.widths):
-        raise ContainerError(f"tile {tile.number} has width {width}; model {model.id!r} has {len(model.widths)}")
-    decoder = entropy.Decoder(section[_HEAD.size :], model.tables)
-    parts: list[Part] = []
+    crc, width, decoder = _opened(model, section, tile)
+    parts: list[tuple[NDArray[np.int16], Part]] = []
 
-    def decode(tables: NDArray[np.uint8]) -> NDArray[np.int16]:
-        parts.append((decoder.get(tables), tables))
+    def decode(part: Part) -> NDArray[np.int16]:
+        parts.append((decoder.get(part.tables), part))
         return parts[-1][0]
 
-    z = decode(hyper_tables(model, quality, model.hyper.shape(tile.width, tile.height)))
-    _, rows, columns = model.latent.shape(tile.width, tile.height)
-    y, latent = prior.walk(model, quality, z, rows, columns, width, lambda _step, tables, _mean: decode(tables))
+    tensors, latent = prior.walk(model, quality, tile.width, tile.height, width, decode)
     decoder.finish()
-    symbols = Symbols(y, z, width, parts, latent)
+    symbols = Symbols(tensors, width, parts, latent)
     if _crc(symbols) != crc:
         raise CorruptError(f"the decoded symbols of tile {tile.number} do not match their checksum")
     return symbols
 
 
+def unpack_first(model: runtime.Model, quality: float, section: memoryview, tile: Tile) -> NDArray[np.float32]:
+    """The first part of a tile's latent, dequantised, see `prior.first_of_latent`: (C, h, w) float32.
+
+    Its checksum, that of all symbols, is not looked at. Raises `ContainerError`, `CorruptError`.
+    """
+    _, width, decoder = _opened(model, section, tile)
+    values = prior.first_of_latent(
+        model, quality, tile.width, tile.height, width, lambda part: decoder.get(part.tables)
+    )
+    values = widen(values, model.latent.channels)
+    values *= model.inverse_gain(quality)[: len(values), None, None]
+    return values
+
+
+def _opened(model: runtime.Model, section: memoryview, tile: Tile) -> tuple[int, int, entropy.Decoder]:
+    """CRC-32 of a tile's symbols, index of its width, and the decoder of them."""
+    if len(section) < _HEAD.size:
+        raise ContainerError(f"code section has {len(section)} bytes; expected {_HEAD.size} or more")
+    crc, width = _HEAD.unpack_from(section)
+    if width >= len(model.widths):
+        raise ContainerError(f"tile {tile.number} has width {width}; model {model.id!r} has {len(model.widths)}")
+    return crc, width, entropy.Decoder(section[_HEAD.size :], model.tables)
+
+
 def walk_tile(
-    model: runtime.Model,
-    quality: float,
-    whole: NDArray[np.int16],
-    z: NDArray[np.int16],
-    coded: int,
-    number: int,
+    model: runtime.Model, quality: float, tensors: Mapping[str, NDArray[np.int16]], coded: int, tile: Tile
 ) -> Symbols:
     """What the prior makes of a tile's symbols that came from outside: of all channels, and how many are coded.
 
@@ -196,21 +210,24 @@ def walk_tile(
     """
     if coded not in [4 * count for count in model.widths]:
         expected = ", ".join(str(4 * count) for count in model.widths)
-        raise CodeError(f"{model.tile.name} of tile {number} is {coded}; expected one of {expected}")
+        raise CodeError(f"coded channels of tile {tile.number} are {coded}; expected one of {expected}")
+    whole = tensors["y"]
     y = narrow(whole, coded // 4)
     if np.count_nonzero(y) != np.count_nonzero(whole):
-        raise CodeError(f"tile {number} has {coded} channels that are coded, and symbols in other ones")
-    padded = np.zeros((len(y), 4 * z.shape[1], 4 * z.shape[2]), np.int16)
+        raise CodeError(f"tile {tile.number} has {coded} channels that are coded, and symbols in other ones")
+    rows, columns = (-(-size // model.padding) * model.padding // runtime.STRIDE for size in (tile.height, tile.width))
+    padded = np.zeros((len(y), rows, columns), np.int16)
     padded[:, : y.shape[1], : y.shape[2]] = y
-    parts: list[Part] = [(z, hyper_tables(model, quality, z.shape))]
+    given = {**tensors, "y": padded}
+    parts: list[tuple[NDArray[np.int16], Part]] = []
 
-    def take(step: int, tables: NDArray[np.uint8], _mean: NDArray[np.int16]) -> NDArray[np.int16]:
-        parts.append((prior.gather(padded, step), tables))
+    def take(part: Part) -> NDArray[np.int16]:
+        parts.append((part.of(given[part.name]), part))
         return parts[-1][0]
 
     index = model.widths.index(coded // 4)
-    _, latent = prior.walk(model, quality, z, y.shape[1], y.shape[2], index, take)
-    return Symbols(y, z, index, parts, latent)
+    _, latent = prior.walk(model, quality, tile.width, tile.height, index, take)
+    return Symbols({**tensors, "y": y}, index, parts, latent)
 
 
 def conceal(colour: NDArray[np.uint8], alpha: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -255,8 +272,8 @@ def _even(size: int, parts: int) -> int:
 
 
 def _crc(tile: Symbols) -> int:
-    """CRC-32 of all symbols that are coded: of y, then of z."""
+    """CRC-32 of all symbols that are coded, tensor by tensor in the order of the model's."""
     crc = 0
-    for tensor in (tile.y, tile.z):
+    for tensor in tile.tensors.values():
         crc = zlib.crc32(np.ascontiguousarray(tensor, "<i2").data, crc)
     return crc

@@ -152,6 +152,19 @@ class CodecServicer:
     async def DecodeBatch(self, call: Call) -> None:  # noqa: N802
         await self._batch(call, pb.DecodeBatchResponse, self._decode)
 
+    async def Features(self, call: Call) -> None:  # noqa: N802
+        request = await call.read_one()
+        with self._admission.held(request.ByteSize()):
+            match request.WhichOneof("source"):
+                case "file":
+                    source = await self._file_source(call.record, pb.DecodeRequest(), request.file)
+                case "image_file" | "pixels":
+                    source = await self._image_source(call.record, request)
+                case _:
+                    raise InvalidArgument("request has nothing to describe; set image_file, pixels or file")
+            answer = await self._work(call.record, source, partial(_features, request, source.value), False)
+        await call.write(answer)
+
     async def Inspect(self, call: Call) -> None:  # noqa: N802
         request = await call.read_one()
         header = await self._look(lambda: self._codec.read_header(request.file))
@@ -226,15 +239,7 @@ class CodecServicer:
         self, record: Record, request: pb.EncodeRequest, source: _Source | None = None, patient: bool = False
     ) -> pb.EncodeResponse:
         if source is None:
-            match request.WhichOneof("source"):
-                case "image_file":
-                    source = await self._measured(record, request.image_file)
-                case "pixels":
-                    width, height = request.pixels.width, request.pixels.height
-                    self._codec.limits.check_size(width, height)
-                    source = _Source(convert.pixels_from_message(request.pixels), (width, height))
-                case _:
-                    raise InvalidArgument("request has no picture; set image_file or pixels")
+            source = await self._image_source(record, request)
         settings = convert.get_settings(request)
         return await self._work(record, source, partial(_encode, request, source.value, settings), patient)
 
@@ -286,6 +291,16 @@ class CodecServicer:
         record.pixels += math.prod(source.size)
         record.pictures += 1
         return result
+
+    async def _image_source(self, record: Record, request: pb.EncodeRequest | pb.FeaturesRequest) -> _Source:
+        match request.WhichOneof("source"):
+            case "image_file":
+                return await self._measured(record, request.image_file)
+            case "pixels":
+                width, height = request.pixels.width, request.pixels.height
+                self._codec.limits.check_size(width, height)
+                return _Source(convert.pixels_from_message(request.pixels), (width, height))
+        raise InvalidArgument("request has no picture; set image_file or pixels")
 
     async def _measured(self, record: Record, data: bytes | memoryview) -> _Source:
         """An image file with its size, taken from its header and checked."""
@@ -342,7 +357,7 @@ def _encode(
     width, height = picture.width, picture.height
     answer = pb.EncodeResponse(model=codec.model, width=width, height=height, file=file, warnings=losses)
     if code is not None:
-        answer.quality = code.quality
+        answer.quality, answer.model = code.quality, code.model
         answer.code.CopyFrom(convert.code_to_message(code))
     else:
         header = codec.read_header(file)
@@ -376,6 +391,24 @@ def _decode(
         file, losses = image.save(picture, _FORMATS[request.format])
     answer.warnings.extend(losses)
     return answer, file
+
+
+def _features(
+    request: pb.FeaturesRequest, given: bytes | NDArray[np.uint8], codec: Codec, record: Record
+) -> pb.FeaturesResponse:
+    if request.model:
+        codec = codec.with_model(request.model)
+    if request.WhichOneof("source") == "file":
+        assert isinstance(given, bytes)
+        with record.hop("codec"):
+            values = codec.features(given)
+        return pb.FeaturesResponse(values=values, model=codec.read_header(given).model or codec.model)
+    with nullcontext() if isinstance(given, np.ndarray) else record.hop("image"):
+        picture = load(given, codec.limits, {})
+    codec = codec.suited(picture, {})
+    with record.hop("codec"):
+        values = codec.features(replace(picture, losses=()))
+    return pb.FeaturesResponse(values=values, model=codec.model, warnings=picture.losses)
 
 
 def _check_format(request: pb.DecodeRequest) -> None:

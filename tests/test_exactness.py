@@ -40,7 +40,7 @@ Inputs = dict[str, NDArray[Any]]
 
 def _inputs(shape: tuple[int, int], step: int, quality: float, seed: int = 0) -> Inputs:
     """What the runtime gives prior.onnx, with symbols far wilder than a picture's."""
-    model = runtime.Model(runtime.DEFAULT_MODEL)
+    model = runtime.open_model(runtime.DEFAULT_MODEL)
     rng = np.random.default_rng([*shape, step, seed])
     height, width = shape
     units = model.units(quality, index := (step + height) % 3)
@@ -80,7 +80,7 @@ def torch_prior() -> PriorGraph:
 
 def _torch(prior: PriorGraph, inputs: Inputs, dtype: torch.dtype) -> list[NDArray[Any]]:
     """The layers know nothing of widths: they get zeros for the channels that are not there."""
-    model = runtime.Model(runtime.DEFAULT_MODEL)
+    model = runtime.open_model(runtime.DEFAULT_MODEL)
     count = model.widths[int(inputs["width"])]
     wide = dict(inputs, known=widen(inputs["known"][0], model.latent.channels)[None])
     wide |= {name: widen(inputs[name], model.latent.channels) for name in ("mean_unit", "level_offset")}

@@ -16,7 +16,7 @@ import pytest
 
 from hourglass import codec
 from hourglass.codec import errors, image
-from hourglass.codec.runtime import ZOO, Model, model_ids
+from hourglass.codec.runtime import ZOO, model_ids, open_model
 from hourglass.server.servicer import SERVICE
 
 ROOT = Path(__file__).parent.parent
@@ -158,10 +158,10 @@ def test_damaged_model_is_refused(tmp_path: Path) -> None:
         codec.Codec("broken", zoo=tmp_path).encode(ROOT / "tests" / "images" / "motocross.png")
     (folder / "tables.npz").unlink()
     with pytest.raises(errors.ModelError, match=r"lacks tables\.npz"):
-        _ = Model("broken", tmp_path).tables
+        _ = open_model("broken", tmp_path).tables
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(errors.ModelError, match="unusable manifest"):
-        Model("broken", tmp_path)
+        open_model("broken", tmp_path)
 
 
 README = (ROOT / "README.md").read_text()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from hourglass import codec as module
 from hourglass.client import Client
-from hourglass.codec import Code, Codec, entropy, image, metrics
+from hourglass.codec import Code, Codec, image, metrics
 
 COMMAND = [str(Path(sys.executable).with_name("compress-image"))]
 
@@ -80,7 +80,7 @@ def test_files_are_near_the_ideal_size(photo: Path, quality: float, codec: Codec
     """Whole files against what the prior's tables say, and what a file has beside that."""
     data = codec.encode(photo, quality=quality)
     decoding, tiles = codec._unpacked(data)
-    ideal = sum(entropy.ideal_bits(*part, decoding.model.tables) for tile in tiles for part in tile.parts) / 8
+    ideal = sum(sum(tile.ideal_bits(decoding.model.tables).values()) for tile in tiles) / 8
     # The header, and for each tile its entry there, the symbols' checksum, the width, and the coder's last word.
     framing = codec.read_header(data).length + (4 + 1 + 4) * len(tiles)
     assert framing < 64 + 18 * (len(tiles) - 1)

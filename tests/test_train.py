@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hourglass.codec import Codec, errors, image, metrics
-from hourglass.codec.runtime import Model
+from hourglass.codec.runtime import open_model
 from hourglass.codec.train import loop, prior
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.export import export, load_checkpoint
@@ -199,15 +199,15 @@ def test_exported_model_works(zoo: Path) -> None:
 def test_exported_graphs_are_the_network(run: Path, zoo: Path) -> None:
     """Latents equal but for float rounding, pixels within one grey level, and the rate that the training counted."""
     net, _ = load_checkpoint(run / "checkpoint.pt")
-    codec, model = Codec("small-1", zoo=zoo), Model("small-1", zoo)
+    codec, model = Codec("small-1", zoo=zoo), open_model("small-1", zoo)
     picture = image.read(IMAGES / "motocross.png")[:75, :117]
     padded = np.pad(picture, ((0, 53), (0, 11), (0, 0)), mode="edge")
     x = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
         y = net.analysis(x)
-        latent, hyper = model.analyse(picture, 0, 0, 117, 75)
-        assert np.allclose(latent, y[0], atol=1e-4)
-        assert np.allclose(hyper, net.hyper(y)[0], atol=1e-4)
+        found = model.analyse(picture, 0, 0, 117, 75)
+        assert np.allclose(found["y"], y[0], atol=1e-4)
+        assert np.allclose(found["z"], net.hyper(y)[0], atol=1e-4)
         decoded, bits = net.code(y, torch.tensor([70.0]), "round")
     data = codec.encode(padded, quality=70, effort="fast")
     pixels = (decoded[0].permute(1, 2, 0) * 255 + 0.5).floor().numpy()
@@ -224,7 +224,7 @@ def test_gradient_graph_is_the_gradient(run: Path, zoo: Path) -> None:
     latent = net.analysis(x / 255).detach().requires_grad_(True)
     error = (net.synthesis(latent) * 255 - x).square().sum()
     (expected,) = torch.autograd.grad(error, latent)
-    value, slope = Model("small-1", zoo).error_slope(latent[0].detach().numpy(), picture)
+    value, slope = open_model("small-1", zoo).error_slope(latent[0].detach().numpy(), picture)
     assert value == pytest.approx(float(error.detach()), rel=1e-4)
     assert np.allclose(slope, expected[0], rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
 

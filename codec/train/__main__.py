@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -12,6 +13,7 @@ import torch
 from hourglass.codec import errors, image, runtime
 from hourglass.codec.train import export as exporting
 from hourglass.codec.train import loop
+from hourglass.codec.train.classic import SHAPES, Kind
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.network import Shape
 
@@ -35,6 +37,12 @@ def main() -> None:
 @click.option("--tier", help="Only pictures whose row in FOLDER/index.csv has this tier.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: all]")
+@click.option(
+    "--classic",
+    type=click.Choice(get_args(Kind)),
+    help="Train a classic model in place of the flagship: strided and transposed convolutions, or pooling.",
+)
+@click.option("--grey", is_flag=True, help="With --classic: a model of grey pictures, with one channel.")
 @click.option("--latent", default=Shape.latent, show_default=True, help="Channels of the code.")
 @click.option("--trunk", default=Shape.trunk, show_default=True, help="Channels at 1/8 resolution.")
 @click.option("--core", type=click.IntRange(4), help="Those of them that the blocks see. [default: five eighths]")
@@ -60,6 +68,12 @@ def main() -> None:
 @click.option(
     "--weights", "start", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Weights to start from."
 )
+@click.option(
+    "--noise",
+    default=_DEFAULTS.noise,
+    show_default=True,
+    help="Denoising: largest deviation, in grey levels, of noise on what goes in; the target stays clean.",
+)
 @click.option("--seed", default=_DEFAULTS.seed, show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Fuse operations by torch.compile: faster after minutes.")
 @click.option(
@@ -74,6 +88,8 @@ def run(
     tier: str | None,
     device: str,
     threads: int | None,
+    classic: Kind | None,
+    grey: bool,
     latent: int,
     trunk: int,
     core: int | None,
@@ -87,7 +103,14 @@ def run(
         raise errors.InvalidArgument(f"--crop is {settings['crop']}; expected a multiple of {runtime.PADDING}")
     if threads:
         torch.set_num_threads(threads)
-    shape = Shape(latent=latent, core=core or latent * 5 // 32 * 4, trunk=trunk, analysis_blocks=analysis_blocks)
+    shape: loop.AnyShape
+    if classic:
+        shape = replace(SHAPES[classic], colours=1 if grey else 3)
+        settings["prior_steps"] = 0
+    elif grey:
+        raise errors.InvalidArgument("--grey goes with --classic: the flagship has three channels")
+    else:
+        shape = Shape(latent=latent, core=core or latent * 5 // 32 * 4, trunk=trunk, analysis_blocks=analysis_blocks)
     loop.train(folder, out, loop.Settings(**settings), shape, tier, _device(device), start, compiled)
 
 
@@ -111,9 +134,18 @@ def run(
 @click.option(
     "--keep", type=click.Path(path_type=Path), help="Also write the weights, without what training needs, here."
 )
+@click.option("--grey", help="Id of the classic model that codes grey pictures in this one's place.")
 @click.option("--note", default="", help="Where the training pictures come from, for the manifest.")
 def export(
-    run: Path, model_id: str, pictures: Path, tier: str | None, measure: Path, zoo: Path, keep: Path | None, note: str
+    run: Path,
+    model_id: str,
+    pictures: Path,
+    tier: str | None,
+    measure: Path,
+    zoo: Path,
+    keep: Path | None,
+    grey: str | None,
+    note: str,
 ) -> None:
     """Export a model of the zoo from RUN: the folder of a run, or a file of weights."""
     net, values = exporting.load_checkpoint(run / "checkpoint.pt" if run.is_dir() else run)
@@ -126,7 +158,7 @@ def export(
         "settings": values["settings"],
     }
     pieces = load_pieces(paths, 16, torch.device("cpu"))
-    target = exporting.export(net, pieces, model_id, zoo, training, image.list_pictures(measure))
+    target = exporting.export(net, pieces, model_id, zoo, training, image.list_pictures(measure), grey)
     if keep:
         kept = ("shape", "settings", "step", "seconds", "ema")
         torch.save({name: value for name, value in values.items() if name in kept}, keep)

@@ -95,6 +95,13 @@ class Pieces:
         return Pieces(self.pixels[keep], self.sizes[keep]), Pieces(self.pixels[full], self.sizes[full])
 
 
+def grey_of(pictures: Tensor) -> Tensor:
+    """The luma (ITU-R BT.601) of (B, 3, H, W) or (3, H, W), in one channel and of the same dtype."""
+    red, green, blue = pictures.float().split(1, -3)  # type: ignore[no-untyped-call]
+    luma: Tensor = 0.299 * red + 0.587 * green + 0.114 * blue
+    return luma.round().to(pictures.dtype) if pictures.dtype == torch.uint8 else luma
+
+
 def list_training(folder: Path, tier: str | None = None) -> list[Path]:
     """Picture files of a folder in order of name; with `tier`, those whose row of index.csv names that tier.
 

@@ -1,9 +1,9 @@
-"""From a checkpoint to a model of the zoo: three ONNX graphs, frozen integer tables, a manifest.
+"""From a checkpoint to a model of the zoo: ONNX graphs, frozen integer tables, a manifest.
 
 Each scale of the prior's ladder has a table: the symbols counted there over training pictures, smoothed by the density
 that the training assumed, and then counted again on what the encoder chooses with these tables. The hyper-latent's
-tables are static, for each quality (0, 1, ... 100) and channel; these distributions are replaced by the nearest
-(Kullback-Leibler) of those that are left of 255. All are frozen as integers with sum 2**16.
+tables, and all of a classic model, are static, for each quality (0, 1, ... 100) and channel; these distributions are
+replaced by the nearest (Kullback-Leibler) of those that are left of 255. All are frozen as integers with sum 2**16.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from hourglass.codec import entropy, errors, exactness, image, metrics
 from hourglass.codec.entropy import TOTAL
 from hourglass.codec.pipeline import Codec
 from hourglass.codec.quantise import Analysed, quantise
-from hourglass.codec.runtime import PADDING, STRIDE, Model
+from hourglass.codec.runtime import PADDING, STRIDE, Hyperprior, Model, open_model
 from hourglass.codec.train import graphs
-from hourglass.codec.train.data import Pieces
-from hourglass.codec.train.network import Hourglass, Shape, hats
+from hourglass.codec.train.classic import Classic
+from hourglass.codec.train.data import Pieces, grey_of
+from hourglass.codec.train.loop import Network, network_of, shape_of
+from hourglass.codec.train.network import FactorisedPrior, Gains, Hourglass, hats
 from hourglass.codec.train.prior import LADDER, OCTAVE, bits_of
 
 TILE = 512
@@ -39,6 +41,12 @@ TILE = 512
 HALO = 1
 """Positions of the latent around a tile that its analysis and synthesis look at; with 0 there are seams of 0.3 dB, with
 1 none, with 2 and 4 no fewer."""
+
+CLASSIC_HALO = 2
+"""The same for classic models: all that their convolutions reach."""
+
+LOCATIONS = 16
+"""Tables of a location map."""
 
 REACH = 255
 """Largest magnitude that a table may hold; beyond it symbols are escaped."""
@@ -61,11 +69,11 @@ MEASURED = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)
 _Floats = NDArray[np.float64]
 
 
-def load_checkpoint(path: Path) -> tuple[Hourglass, dict[str, Any]]:
+def load_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
     """The averaged network of a checkpoint, on the CPU, and the checkpoint's other values."""
     try:
         values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        net = Hourglass(Shape.from_dict(values["shape"]))
+        net = network_of(shape_of(values["shape"]))
         net.load_state_dict(values["ema"])
     except FileNotFoundError:
         raise
@@ -75,12 +83,18 @@ def load_checkpoint(path: Path) -> tuple[Hourglass, dict[str, Any]]:
 
 
 def export(
-    net: Hourglass, pieces: Pieces, model_id: str, zoo: Path, training: dict[str, Any], measure_on: Iterable[Path]
+    net: Network,
+    pieces: Pieces,
+    model_id: str,
+    zoo: Path,
+    training: dict[str, Any],
+    measure_on: Iterable[Path],
+    grey: str | None = None,
 ) -> Path:
     """Write model `model_id` into `zoo`, whole or not at all; an id is permanent, so one that exists is refused.
 
     pieces: pictures to count symbols on. training: facts for the manifest. measure_on: pictures whose real files
-    give the manifest's figures.
+    give the manifest's figures. grey: id of the classic model that codes grey pictures in this one's place.
     """
     target = zoo / model_id
     if target.exists():
@@ -89,23 +103,20 @@ def export(
     with tempfile.TemporaryDirectory(dir=zoo, prefix=".new-") as temporary:
         folder = Path(temporary) / model_id
         folder.mkdir()
-        graphs.write(net, folder, dequantised(net, pieces))
-        numbers = freeze(net, pieces)
+        if isinstance(net, Classic):
+            graphs.write_classic(net, folder)
+            numbers, facts = freeze_classic(net, pieces), _classic_facts(net, grey)
+        else:
+            graphs.write(net, folder, dequantised(net, pieces))
+            numbers, facts = freeze(net, pieces), _facts(net, folder)
         np.savez_compressed(folder / "tables.npz", allow_pickle=False, **numbers)
         manifest: dict[str, Any] = {
             "id": model_id,
-            "code": [
-                {"name": "y", "channels": net.shape.latent, "stride": STRIDE},
-                {"name": "z", "channels": net.shape.hyper, "stride": PADDING},
-                {"name": "c", "channels": 1, "stride": TILE},
-            ],
-            "halo": HALO,
-            "widths": graphs.widths(net.shape),
+            **facts,
             "code_shape": "each tensor: (channels, ceil(height / stride), ceil(width / stride)) int16",
             "quality": {"lowest": 0, "highest": 100, "step": 0.01},
             "network": net.shape.as_dict(),
             "kmac_per_pixel": graphs.kmacs(folder),
-            "exactness": exactness.bounds((folder / "prior.onnx").read_bytes()),
             "training": training,
             "sha256": {},
         }
@@ -117,12 +128,39 @@ def export(
             }
             _write_json(manifest, folder / "manifest.json")
             if turn < RECOUNTS:
-                numbers |= recount(Model(model_id, Path(temporary), 1), pieces)
+                numbers |= recount(open_model(model_id, Path(temporary), 1), pieces)
                 np.savez_compressed(folder / "tables.npz", allow_pickle=False, **numbers)
         manifest["measured"] = measure(Codec(model_id, zoo=Path(temporary)), list(measure_on))
         _write_json(manifest, folder / "manifest.json")
         shutil.move(folder, target)
     return target
+
+
+def _facts(net: Hourglass, folder: Path) -> dict[str, Any]:
+    """What only the manifest of a hyperprior model says."""
+    return {
+        "family": "hyperprior",
+        "code": [
+            {"name": "y", "channels": net.shape.latent, "stride": STRIDE},
+            {"name": "z", "channels": net.shape.hyper, "stride": PADDING},
+            {"name": "c", "channels": 1, "stride": TILE},
+        ],
+        "halo": HALO,
+        "widths": graphs.widths(net.shape),
+        "exactness": exactness.bounds((folder / "prior.onnx").read_bytes()),
+    }
+
+
+def _classic_facts(net: Classic, grey: str | None) -> dict[str, Any]:
+    """What only the manifest of a classic model says."""
+    names = ["y", "l"] if net.shape.kind == "maxpool" else ["y"]
+    return {
+        "family": "classic",
+        "code": [{"name": name, "channels": net.shape.latent, "stride": STRIDE} for name in names],
+        "halo": CLASSIC_HALO,
+        "side": TILE,
+        **({"grey": grey} if grey else {}),
+    }
 
 
 @torch.no_grad()
@@ -145,33 +183,74 @@ def freeze(net: Hourglass, pieces: Pieces, count: int = 300) -> dict[str, NDArra
     counts, hyper = _count(net, pieces, count)
     levels = np.stack([_ladder_distribution(row, level) for level, row in enumerate(counts)])
     coded = 1 - levels[:, REACH] >= LEVEL_ZERO
-    rows = np.concatenate([_distribution(net, hyper, quality) for quality in tqdm(range(101), desc="counting")])
-    sure = 1 - rows[:, REACH] < SURE_ZERO
-    index = np.zeros(len(rows), np.uint8)
-    index[~sure], centres = _share(rows[~sure], 255 - int(coded.sum()))
-    index[~sure] += int(coded.sum())
+    index, centres = _static(net.hyper_gains, net.hyper_prior, hyper, 255 - int(coded.sum()))
+    index[index > 0] += int(coded.sum())
     level_tables = np.zeros(LADDER, np.uint8)
     level_tables[coded] = 1 + np.arange(coded.sum())
-    first, start, frequencies = [0], [0, 1], [np.array([TOTAL])]  # table 0 is the sure zero
-    for distribution in [*levels[coded], *centres]:
-        low, entries = _to_integers(distribution)
-        first.append(low)
-        frequencies.append(entries)
-        start.append(start[-1] + len(entries))
+    tables = _frozen([_to_integers(distribution) for distribution in [*levels[coded], *centres]])
     log_gain, log_hyper_gain = net.gains.log_gain.numpy(), net.hyper_gains.log_gain.numpy()
     octaves = OCTAVE / np.log(2)
-    return {
-        "first": np.array(first, np.int32),
-        "start": np.array(start, np.int32),
-        "frequencies": np.concatenate(frequencies).astype(np.uint32),
+    return tables | {
         "level_tables": level_tables,
-        "hyper_tables": index.reshape(101, -1),
+        "hyper_tables": index,
         "log_gain": log_gain,
         "log_inverse": net.gains.log_inverse.numpy(),
         "log_hyper_gain": log_hyper_gain,
         "latent_exponent": np.rint(log_gain * octaves + net.prior.log_unit.numpy()).astype(np.int32),
         "hyper_exponent": np.rint(log_hyper_gain * octaves).astype(np.int32),
         "mantissa": np.rint(256 * np.exp2(np.arange(OCTAVE) / OCTAVE)).astype(np.uint16),
+    }
+
+
+@torch.no_grad()
+def freeze_classic(net: Classic, pieces: Pieces, count: int = 300) -> dict[str, NDArray[Any]]:
+    """`freeze` for a classic model: the latent's tables for each quality, those of its location map, gains."""
+    latents, maps = [], []
+    for pixels, size in tqdm(list(zip(pieces.pixels[:count], pieces.sizes[:count], strict=True)), desc="analysing"):
+        height, width = (int(side) // STRIDE * STRIDE for side in size)
+        picture = pixels[:height, :width].permute(2, 0, 1)[None]
+        picture = grey_of(picture) if net.shape.colours == 1 else picture
+        latent, locations = net.analysis(picture.float() / 255)
+        latents.append(latent[0].flatten(1))
+        if locations is not None:
+            places = torch.arange(4)[:, None, None]
+            maps.append(((locations[0].flatten(1) == places) & (latents[-1].abs() > 0.5)).sum(2).T)
+    index, centres = _static(net.gains, net.prior, torch.cat(latents, 1).sort(1).values, 255 - LOCATIONS)
+    entries = [_to_integers(distribution) for distribution in centres]
+    numbers = {
+        "symbol_tables": index,
+        "log_gain": net.gains.log_gain.numpy(),
+        "log_inverse": net.gains.log_inverse.numpy(),
+    }
+    if maps:
+        counts = torch.stack(maps).sum(0).double().numpy() + 1
+        which, places_ = _share(counts / counts.sum(1, keepdims=True), LOCATIONS)
+        numbers["location_tables"] = (which + len(entries)).astype(np.uint8)
+        entries += [(0, _whole(np.append(place, 1 / TOTAL))) for place in places_]
+    return _frozen(entries) | numbers
+
+
+def _static(gains: Gains, prior: FactorisedPrior, values: Tensor, count: int) -> tuple[NDArray[np.uint8], _Floats]:
+    """Tables that depend on quality and channel alone: which, (101, C), 0 for sure zeros, and their distributions.
+
+    values: (C, N) before the gain, each row sorted. count: of distributions, at most.
+    """
+    rows = np.concatenate(
+        [_distribution(gains, prior, values, quality) for quality in tqdm(range(101), desc="counting")]
+    )
+    sure = 1 - rows[:, REACH] < SURE_ZERO
+    index = np.zeros(len(rows), np.uint8)
+    index[~sure], centres = _share(rows[~sure], count)
+    return index.reshape(101, -1), centres
+
+
+def _frozen(tables: list[tuple[int, NDArray[np.int64]]]) -> dict[str, NDArray[Any]]:
+    """Tables, first symbol and frequencies each, as `entropy.Tables` has them, behind table 0, the sure zero."""
+    entries = [np.array([TOTAL]), *(frequencies for _, frequencies in tables)]
+    return {
+        "first": np.array([0, *(first for first, _ in tables)], np.int32),
+        "start": np.cumsum([0, *map(len, entries)]).astype(np.int32),
+        "frequencies": np.concatenate(entries).astype(np.uint32),
     }
 
 
@@ -209,14 +288,14 @@ def _ladder_distribution(counts: _Floats, level: int) -> _Floats:
     return total
 
 
-def _distribution(net: Hourglass, z: Tensor, quality: int) -> _Floats:
-    """P(symbol = -REACH..REACH, and beyond) for each channel: (Z, 2 REACH + 2). z: (Z, N), each row sorted."""
-    gain, _ = net.hyper_gains(hats(torch.tensor([float(quality)]), net.shape.anchors))
+def _distribution(gains: Gains, prior: FactorisedPrior, values: Tensor, quality: int) -> _Floats:
+    """P(symbol = -REACH..REACH, and beyond) for each channel: (C, 2 REACH + 2). values: (C, N), each row sorted."""
+    gain, _ = gains(hats(torch.tensor([float(quality)]), len(gains.log_gain)))
     gain = gain.reshape(-1, 1)
-    edges = (torch.arange(-REACH, REACH + 2) - 0.5) / gain  # (Z, 2 REACH + 2)
-    counts = torch.searchsorted(z, edges).diff(dim=1).double()
-    smooth = net.hyper_prior.cumulative(edges[:, :-1, None], edges[:, 1:, None])[..., 0].double()
-    inside = (counts + SMOOTHING * smooth) / (z.shape[1] + SMOOTHING)
+    edges = (torch.arange(-REACH, REACH + 2) - 0.5) / gain  # (C, 2 REACH + 2)
+    counts = torch.searchsorted(values, edges).diff(dim=1).double()
+    smooth = prior.cumulative(edges[:, :-1, None], edges[:, 1:, None])[..., 0].double()
+    inside = (counts + SMOOTHING * smooth) / (values.shape[1] + SMOOTHING)
     beyond = (1 - inside.sum(1, keepdim=True)).clamp(min=0)
     return np.asarray(torch.cat([inside, beyond], 1))
 
@@ -228,14 +307,15 @@ def recount(model: Model, pieces: Pieces, count: int = 300) -> dict[str, NDArray
     generator = np.random.default_rng(1)
     pictures = list(zip(pieces.pixels[:count].numpy(), pieces.sizes[:count].tolist(), strict=True))
     for pixels, (height, width) in tqdm(pictures, desc="recounting"):
-        picture = pixels[:height, :width]
-        analysed = Analysed(model, picture, *model.analyse(picture, 0, 0, width, height))
+        picture = np.ascontiguousarray(pixels[:height, :width])
+        picture = _grey(picture) if model.colours == 1 else picture
+        analysed = Analysed(model, picture, model.analyse(picture, 0, 0, width, height))
         for part in range(4):
             quality = round(float(25 * (part + generator.random())), 2)
-            for symbols, index in quantise(analysed, quality, "default").parts:
-                for table, counted in entropy.count(symbols, index, tables):
+            for symbols, coded in quantise(analysed, quality, "default").parts:
+                for table, counted in entropy.count(symbols, coded.tables, tables):
                     counts[table] += counted
-    ladder = set(model.level_tables.tolist())
+    ladder = set(model.level_tables.tolist()) if isinstance(model, Hyperprior) else set()
     frequencies = []
     for table, total in enumerate(counts):
         if len(total) > 1:
@@ -247,6 +327,11 @@ def recount(model: Model, pieces: Pieces, count: int = 300) -> dict[str, NDArray
         else:
             frequencies.append(tables.frequencies_of(table))
     return {"frequencies": np.concatenate(frequencies)}
+
+
+def _grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 3) -> (H, W): the luma."""
+    return np.asarray(grey_of(torch.from_numpy(pixels).permute(2, 0, 1))[0])
 
 
 def _share(distributions: _Floats, count: int) -> tuple[NDArray[np.intp], _Floats]:
@@ -285,12 +370,16 @@ def _whole(probabilities: _Floats) -> NDArray[np.int64]:
 
 
 def measure(codec: Codec, pictures: list[Path]) -> list[dict[str, float]]:
-    """Mean bpp of real files and mean PSNR, MS-SSIM of 8-bit pictures, one row for each of `MEASURED`."""
+    """Mean bpp of real files and mean PSNR, MS-SSIM of 8-bit pictures, one row for each of `MEASURED`.
+
+    For a model of grey pictures these are made grey first.
+    """
     rows = []
+    grey = next(model for model in codec.models() if model.id == codec.model).manifest["network"].get("colours") == 1
     for quality in tqdm(MEASURED, desc="measuring"):
         bpp, psnr, ms_ssim = [], [], []
         for path in pictures:
-            pixels = image.read(path)
+            pixels = _grey(image.read(path)) if grey else image.read(path)
             data = codec.encode(pixels, quality=quality, fallback=False)
             decoded = codec.decode(data)
             bpp.append(metrics.bpp(len(data), pixels.shape[1], pixels.shape[0]))

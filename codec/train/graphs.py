@@ -1,4 +1,4 @@
-"""The three ONNX graphs of a model: encoder.onnx, prior.onnx, decoder.onnx.
+"""The ONNX graphs of a model: encoder.onnx, decoder.onnx, and prior.onnx but for the classic ones.
 
 Encoder and decoder are traced from the network. The prior is written node by node: integer weights as int8, a branch
 for each step, and nothing but operators that are exact on the integers that they get (see `prior`).
@@ -24,7 +24,9 @@ from torch.jit._trace import TracerWarning
 from torch.nn import functional as F
 
 from hourglass.codec.prior import STEPS
+from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
+from hourglass.codec.train.classic import Classic
 from hourglass.codec.train.network import Hourglass, Shape, unweave, weave
 from hourglass.codec.train.prior import HYPER, KNOWN, LADDER, PER_OCTAVE, Depthwise, IntegerLayer, Prior, Range
 
@@ -135,6 +137,37 @@ class ReducedGraph(nn.Module):
         self.head.bias.copy_(solved[:, -1] + 0.5)  # type: ignore[union-attr]  # the cast truncates
 
 
+class ClassicEncoderGraph(nn.Module):
+    """image (1, H, W, colours) uint8, keep (4,) int64 -> latent (1, C, h, w) float32; for max pooling also the location
+    map (1, C, h, w) int16. H, W and keep as in `EncoderGraph`, but for h and w, which may be any numbers.
+    """
+
+    def __init__(self, net: Classic) -> None:
+        super().__init__()
+        self.analysis = net.analysis
+
+    def forward(self, image: Tensor, keep: Tensor) -> tuple[Tensor, ...]:
+        latent, locations = self.analysis(image.permute(0, 3, 1, 2).float() / 255)
+        found = (latent,) if locations is None else (latent, locations.to(torch.int16))
+        return tuple(tensor[:, :, keep[0] : keep[1], keep[2] : keep[3]] for tensor in found)
+
+
+class ClassicDecoderGraph(nn.Module):
+    """latent (1, C, h, w) float32, dequantised, for max pooling with the location map behind it as C more channels ->
+    image (1, H, W, colours) uint8 of the positions in `keep`, as in `DecoderGraph`."""
+
+    def __init__(self, net: Classic) -> None:
+        super().__init__()
+        self.synthesis, self.channels = net.synthesis, net.shape.latent
+        self.located = net.shape.kind == "maxpool"
+
+    def forward(self, latent: Tensor, keep: Tensor) -> Tensor:
+        locations = latent[:, self.channels :] if self.located else None
+        image: Tensor = self.synthesis(latent[:, : self.channels], locations) * 255 + 0.5  # the cast truncates
+        keep = STRIDE * keep
+        return image[:, :, keep[0] : keep[1], keep[2] : keep[3]].to(torch.uint8).permute(0, 2, 3, 1)
+
+
 class GradientGraph(nn.Module):
     """latent (1, C, h, w), image (1, 16 h, 16 w, 3) uint8 -> squared error of the decoded picture, and its gradient.
 
@@ -217,6 +250,18 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
     free = {"latent": positions, "image": pixels, "inside": pixels}
     _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
     onnx.save(prior(net.prior, widths(net.shape)), folder / "prior.onnx")
+
+
+def write_classic(net: Classic, folder: Path) -> None:
+    """encoder.onnx and decoder.onnx of a classic model, for pictures of any size."""
+    located = net.shape.kind == "maxpool"
+    image = torch.zeros(1, 64, 128, net.shape.colours, dtype=torch.uint8)
+    latent = torch.zeros(1, net.shape.latent * (2 if located else 1), 4, 8)
+    whole = {"keep": torch.tensor([0, 4, 0, 8])}
+    pixels, positions = {"image": {1: "height", 2: "width"}}, {"latent": {2: "rows", 3: "columns"}}
+    outputs = ["latent", "locations"] if located else ["latent"]
+    _trace(ClassicEncoderGraph(net), {"image": image} | whole, folder / "encoder.onnx", pixels, outputs)
+    _trace(ClassicDecoderGraph(net), {"latent": latent} | whole, folder / "decoder.onnx", positions, ["image"])
 
 
 def _trace(
@@ -515,9 +560,11 @@ class PriorGraph(nn.Module):
 
 
 def kmacs(folder: Path) -> dict[str, float]:
-    """Thousands of multiplications with additions for each pixel: analysis, prior (its four steps), synthesis."""
+    """Thousands of multiplications with additions for each pixel: analysis, prior (its four steps) where there is one,
+    synthesis."""
     names = {"analysis": "encoder.onnx", "prior": "prior.onnx", "synthesis": "decoder.onnx"}
-    return {name: round(sum(macs_per_pixel(folder / file).values()) / 1000, 3) for name, file in names.items()}
+    present = {name: folder / file for name, file in names.items() if (folder / file).exists()}
+    return {name: round(sum(macs_per_pixel(path).values()) / 1000, 3) for name, path in present.items()}
 
 
 def macs_per_pixel(path: Path) -> dict[str, float]:
@@ -580,7 +627,7 @@ def _take_branches(graph: onnx.GraphProto, index: dict[str, int]) -> None:
 
 def _macs(model: onnx.ModelProto, channels: int = 0) -> dict[str, float]:
     side = 256
-    strides = {"image": 1, "core": 16, "rest": 16, "known": 16, "features_before": 16, "z": 64}
+    strides = {"image": 1, "latent": 16, "core": 16, "rest": 16, "known": 16, "features_before": 16, "z": 64}
     fixed = {"keep": np.array([0, side // 16] * 2), "rest_end": np.array(1 << 31)}
     graph = model.graph
     for entry in list(graph.input):
@@ -609,6 +656,9 @@ def _macs(model: onnx.ModelProto, channels: int = 0) -> dict[str, float]:
         if node.op_type == "Conv":
             weight, output = shapes[node.input[1]], shapes[node.output[0]]
             counts[node.name] = float(np.prod(output)) * float(np.prod(weight[1:])) / side**2
-        elif node.op_type in ("MatMul", "Gemm", "ConvTranspose"):
+        elif node.op_type == "ConvTranspose":
+            weight, given = shapes[node.input[1]], shapes[node.input[0]]
+            counts[node.name] = float(np.prod(given)) * float(np.prod(weight[1:])) / side**2
+        elif node.op_type in ("MatMul", "Gemm"):
             raise NotImplementedError(f"{node.op_type} is not counted yet")
     return counts

@@ -1,6 +1,7 @@
 """The training loop: rate + lambda(quality) * squared error, all qualities at once, resumable at any step.
 
-First the prior alone learns on the latents of the start, which are computed once; then all learn together. Started
+First the prior alone learns on the latents of the start, which are computed once; then all learn together. The
+classic models, whose prior has no network, learn all together from the start. Started
 by `torchrun --nproc-per-node N`, N processes share each batch: on a CPU two processes of one thread each are faster
 than one of two, and do not stall when another program takes a core.
 """
@@ -14,9 +15,10 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed
@@ -25,12 +27,14 @@ from tqdm import tqdm
 
 from hourglass.codec import errors
 from hourglass.codec.runtime import STRIDE
-from hourglass.codec.train.data import PIECE, Pieces, list_training, load_pieces
+from hourglass.codec.train.blocks import squared_error
+from hourglass.codec.train.classic import Classic, ClassicShape, start_linear
+from hourglass.codec.train.data import PIECE, Pieces, grey_of, list_training, load_pieces
 from hourglass.codec.train.network import Hourglass, Shape, start_from_pca, start_prior, start_rest
 from hourglass.codec.train.prior import Mode
 
-EDGES = 0.05
-"""Weight of the squared steps of the error at the borders of blocks against the squared error, at quality 0."""
+Network: TypeAlias = "Hourglass | Classic"
+AnyShape: TypeAlias = "Shape | ClassicShape"
 
 QUALITIES = (0, 25, 50, 75, 100)
 """Qualities at which the held-out pictures are measured."""
@@ -50,6 +54,7 @@ class Settings:
     settle: float = 0.2  # last part of the run that sees the symbols that the encoder will choose
     precise: float = 0.03  # last part of the run in float32; before it bfloat16 where mixed precision is safe
     varied: float = 0.3  # share of crops that are made smaller, and share that are made more colourful
+    noise: float = 0.0  # denoising: Gaussian noise on what goes in, of up to so many grey levels; the target is clean
     held_out: int = 16  # pieces kept apart to measure
     seed: int = 1
 
@@ -58,32 +63,50 @@ class Settings:
 class State:
     """A run at one step: what a checkpoint holds."""
 
-    net: Hourglass
-    ema: Hourglass
+    net: Network
+    ema: Network
     optimiser: torch.optim.Optimizer
     generator: torch.Generator
-    latents: Pieces  # of the start, for the steps that train the prior alone
+    latents: Pieces | None  # of the start, for the steps that train the prior alone
     side: int  # of their crops
-    loss: Callable[[Hourglass, Tensor, Tensor, Mode], Tensor]  # `loss_of`, or what the compiler made of it
+    loss: Callable[[Network, Tensor, Tensor, Mode, float], Tensor]  # `loss_of`, or what the compiler made of it
     step: int = 0
     seconds: float = 0.0
 
 
-def loss_of(net: Hourglass, x: Tensor, quality: Tensor, mode: Mode = "noise") -> Tensor:
-    """Mean loss of pictures (B, 3, H, W) at qualities (B,): bpp + lambda * squared error on the 0..255 scale.
+def network_of(shape: AnyShape) -> Network:
+    """A new network of a shape."""
+    return Classic(shape) if isinstance(shape, ClassicShape) else Hourglass(shape)
+
+
+def shape_of(values: dict[str, Any]) -> AnyShape:
+    """The shape that a checkpoint holds."""
+    return ClassicShape.from_dict(values) if "kind" in values else Shape.from_dict(values)
+
+
+def loss_of(net: Network, x: Tensor, quality: Tensor, mode: Mode = "noise", noise: float = 0.0) -> Tensor:
+    """Mean loss of pictures (B, C, H, W) at qualities (B,): bpp + lambda * squared error on the 0..255 scale.
 
     Each picture's loss is divided by sqrt(lambda), about its rate: so that one per cent of rate weighs the same
     at every quality, as it does in a BD-rate, and the high qualities do not drown the low ones.
 
     At low qualities the error's steps from one 8x8 block to the next count too: the eye sees them in smooth areas,
     where they are small.
+
+    noise: largest deviation, in grey levels, of the noise that the network gets on its picture and is to leave out.
     """
-    x_hat, bits = net(x, quality, mode)
+    disturbed = x
+    if noise:
+        deviation = torch.rand(len(x), 1, 1, 1, device=x.device) * (noise / 255)
+        disturbed = (x + torch.randn_like(x) * deviation).clamp(0, 1)
+    x_hat, bits = net(disturbed, quality, mode)
     bpp = bits / (x.shape[2] * x.shape[3])
-    difference = x_hat.float() - x
-    across = (difference[..., 8::8] - difference[..., 7:-1:8]).square().mean((1, 2, 3))
-    down = (difference[..., 8::8, :] - difference[..., 7:-1:8, :]).square().mean((1, 2, 3))
-    error = difference.square().mean((1, 2, 3)) + EDGES * (1 - quality / 100) * (across + down)
+    error = squared_error(x, x_hat.float())
+    if net.edges:
+        difference = x_hat.float() - x
+        across = (difference[..., 8::8] - difference[..., 7:-1:8]).square().mean((1, 2, 3))
+        down = (difference[..., 8::8, :] - difference[..., 7:-1:8, :]).square().mean((1, 2, 3))
+        error = error + net.edges * (1 - quality / 100) * (across + down)
     error = error * 255**2
     weight = net.weight_of_error(quality)
     loss: Tensor = ((bpp + weight * error) * (weight / 0.01).rsqrt()).mean()
@@ -108,7 +131,7 @@ def train(
     folder: Path,
     out: Path,
     settings: Settings,
-    shape: Shape,
+    shape: AnyShape,
     tier: str | None,
     device: torch.device,
     start: Path | None = None,
@@ -147,29 +170,59 @@ def _world() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def fresh(settings: Settings, shape: Shape, pieces: Pieces, device: torch.device, start: Path | None = None) -> State:
+def fresh(
+    settings: Settings, shape: AnyShape, pieces: Pieces, device: torch.device, start: Path | None = None
+) -> State:
     """A run at step 0: the PCA start of these pieces, or the weights in `start`, and their latents to learn from."""
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    net = Hourglass(shape)
+    net = network_of(shape)
     pictures = [
         piece[:height, :width].permute(2, 0, 1)
         for piece, (height, width) in zip(pieces.pixels.cpu(), pieces.sizes.tolist(), strict=True)
     ]
-    start_from_pca(net, pictures, generator)
-    if not start or not _start_from(net, start):
-        start_rest(net, pictures, generator)
-    net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    # Context reaches further than a transform: where there are pieces for it, the prior learns on larger crops.
-    side = 2 * settings.crop if (pieces.sizes >= 2 * settings.crop).all(1).any() else settings.crop
-    latents = latents_of(net, pieces, side)
-    start_prior(net, latents.pixels)
-    if start:
-        _start_from(net, start)  # also what the latents would give
+    latents, side = None, settings.crop
+    if isinstance(net, Classic):
+        if start:
+            start_classic(net, start)
+        else:
+            start_linear(net, [grey_of(p) if net.shape.colours == 1 else p for p in pictures], generator)
+        net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    else:
+        start_from_pca(net, pictures, generator)
+        if not start or not _start_from(net, start):
+            start_rest(net, pictures, generator)
+        net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Context reaches further than a transform: where there are pieces for it, the prior learns on larger crops.
+        side = 2 * settings.crop if (pieces.sizes >= 2 * settings.crop).all(1).any() else settings.crop
+        latents = latents_of(net, pieces, side)
+        start_prior(net, latents.pixels)
+        if start:
+            _start_from(net, start)  # also what the latents would give
+        side //= STRIDE
     torch.manual_seed(settings.seed + _rank())  # each process has noise of its own
     ema = copy.deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.Adam(net.parameters(), lr=settings.rate, fused=True)
-    return State(net, ema, optimiser, generator, latents, side // STRIDE, loss_of)
+    return State(net, ema, optimiser, generator, latents, side, loss_of)
+
+
+def start_classic(net: Classic, path: Path) -> None:
+    """Take the weights of a file, in place; a grey network those of a colour one, as if its picture were coloured.
+
+    Raises `InvalidArgument` for a file of another shape.
+    """
+    values = torch.load(path, map_location="cpu", weights_only=True)
+    shape, weights = shape_of(values["shape"]), dict(values["ema"])
+    first, last = "analysis.stages.0.convolution.weight", "synthesis.stages.3.convolution."
+    if isinstance(shape, ClassicShape) and shape.colours == 3 and net.shape.colours == 1:
+        weights[first] = weights[first].sum(1, keepdim=True)
+        axis = 1 if shape.kind != "avgpool" else 0  # transposed convolutions have the output second
+        weights[last + "weight"] = weights[last + "weight"].mean(axis, keepdim=True)
+        weights[last + "bias"] = weights[last + "bias"].mean(0, keepdim=True)
+        shape = replace(shape, colours=1)
+    if shape != net.shape:
+        raise errors.InvalidArgument(f"{path} holds a network of shape {values['shape']}; asked for {net.shape}")
+    net.load_state_dict(weights)
 
 
 def _start_from(net: Hourglass, path: Path) -> bool:
@@ -249,6 +302,12 @@ def is_mixed(settings: Settings, step: int) -> bool:
     return step < settings.steps * (1 - settings.precise)
 
 
+@cache
+def _has_fast_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; without them a convolution takes ten times as long as in float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def mode_of(settings: Settings, step: int) -> Mode:
     return "settle" if step >= settings.steps * (1 - settings.settle) else "noise"
 
@@ -258,22 +317,28 @@ def step(state: State, settings: Settings, pieces: Pieces) -> Tensor:
     device = pieces.pixels.device
     for group in state.optimiser.param_groups:
         group["lr"] = learning_rate(settings, state.step)
-    alone = state.step < settings.prior_steps
-    source, side = (state.latents, state.side) if alone else (pieces, settings.crop)
+    latents = state.latents if state.step < settings.prior_steps else None
     own = slice(_rank(), None, _world())
-    if alone or not settings.varied:
-        crops = source.crops(settings.batch, side, state.generator, own, mirror=not alone)
+    if latents is not None:
+        crops = latents.crops(settings.batch, state.side, state.generator, own, mirror=False)
+    elif settings.varied:
+        crops = pieces.varied(settings.batch, settings.crop, state.generator, own, settings.varied)
     else:
-        crops = source.varied(settings.batch, side, state.generator, own, settings.varied)
+        crops = pieces.crops(settings.batch, settings.crop, state.generator, own)
+    if isinstance(state.net, Classic) and state.net.shape.colours == 1:
+        crops = grey_of(crops)
     crops = crops.contiguous(memory_format=torch.channels_last)
     order = torch.randperm(settings.batch, generator=state.generator)
     part = torch.rand(settings.batch, generator=state.generator)
     quality = ((order + part) * (100 / settings.batch))[own].to(device)  # of 8 crops one from each eighth of the range
-    mixed = is_mixed(settings, state.step)
+    mixed = is_mixed(settings, state.step) and (device.type != "cpu" or _has_fast_bfloat16())
     mode = mode_of(settings, state.step)
     context: AbstractContextManager[Any] = torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext()
     with context:
-        loss = rate_of(state.net, crops, quality, mode) if alone else state.loss(state.net, crops / 255, quality, mode)
+        if latents is not None and isinstance(state.net, Hourglass):
+            loss = rate_of(state.net, crops, quality, mode)
+        else:
+            loss = state.loss(state.net, crops / 255, quality, mode, settings.noise)
     state.optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     _share_gradients(state.net)
@@ -284,7 +349,7 @@ def step(state: State, settings: Settings, pieces: Pieces) -> Tensor:
     return loss.detach()
 
 
-def _share_gradients(net: Hourglass) -> None:
+def _share_gradients(net: Network) -> None:
     """Mean of the gradients over all processes, in one exchange."""
     if _world() == 1:
         return
@@ -304,17 +369,18 @@ def _average(state: State, settings: Settings) -> None:
 
 
 @torch.no_grad()
-def measure(net: Hourglass, held_out: Pieces) -> list[dict[str, float]]:
+def measure(net: Network, held_out: Pieces) -> list[dict[str, float]]:
     """Ideal bpp and PSNR with the symbols chosen, 8-bit pictures, one row for each of `QUALITIES`."""
     x = held_out.pixels.permute(0, 3, 1, 2).float() / 255
-    y = net.analysis(x)
+    if isinstance(net, Classic) and net.shape.colours == 1:
+        x = grey_of(x)
     rows = []
     for quality in QUALITIES:
-        x_hat, bits = net.code(y, torch.full((len(x),), float(quality), device=x.device), "settle")
+        x_hat, bits = net(x, torch.full((len(x),), float(quality), device=x.device), "settle")
         x_hat = (x_hat * 255).round() / 255
         mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
         psnr = float((-10 * torch.log10(mse)).mean())
-        bpp = float(bits.sum()) / (x.numel() / 3)
+        bpp = float(bits.sum()) / x[:, 0].numel()
         rows.append({"quality": quality, "bpp": round(bpp, 4), "psnr": round(psnr, 3)})
     return rows
 
@@ -351,7 +417,7 @@ def _save(state: State, settings: Settings, path: Path) -> None:
 
 def _load(state: State, path: Path) -> None:
     values = torch.load(path, map_location="cpu", weights_only=True)
-    if Shape.from_dict(values["shape"]) != state.net.shape:
+    if shape_of(values["shape"]) != state.net.shape:
         raise errors.InvalidArgument(
             f"{path} holds a network of shape {values['shape']}, asked for {state.net.shape.as_dict()}; "
             "give the same shape or another --out folder"

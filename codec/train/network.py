@@ -233,7 +233,12 @@ class FactorisedPrior(nn.Module):
 
 
 class Hourglass(nn.Module):
-    """The trained whole: `analysis`, `gains`, `prior`, `synthesis`."""
+    """The trained whole: `analysis`, `gains`, `prior`, `synthesis`.
+
+    edges: weight, at quality 0, of the squared steps of the error at the borders of blocks against the squared error.
+    """
+
+    edges = 0.05
 
     def __init__(self, shape: Shape | None = None) -> None:
         super().__init__()
@@ -323,14 +328,14 @@ def start_from_pca(net: Hourglass, pictures: list[Tensor], generator: torch.Gene
     strong and weak channels within reach of one learning rate. The synthesis is the transpose.
     """
     shape = net.shape
-    x = F.pixel_unshuffle(_crops(pictures, 32, 4000, generator).double() / 255, 8)  # (N, 192, 4, 4)
+    x = F.pixel_unshuffle(crops_of(pictures, 32, 4000, generator).double() / 255, 8)  # (N, 192, 4, 4)
     flat = x.permute(0, 2, 3, 1).reshape(-1, 192)
     mean = flat.mean(0)
-    basis, deviation = _principal(flat - mean, shape.trunk)
+    basis, deviation = principal(flat - mean, shape.trunk)
     scale = deviation.clamp(min=1e-3).sqrt()
     t = ((flat - mean) @ basis).reshape(-1, 4, 4, shape.trunk).permute(0, 3, 1, 2)
     pairs = F.pixel_unshuffle(t, 2).permute(0, 2, 3, 1).reshape(-1, 4 * shape.trunk)
-    basis2, deviation2 = _principal(pairs, shape.core)
+    basis2, deviation2 = principal(pairs, shape.core)
     shuffled = _dealt(shape.core)
     basis2, deviation2 = basis2[:, shuffled], deviation2[shuffled]
     scale2 = deviation2.clamp(min=1e-3).sqrt()
@@ -358,7 +363,7 @@ def start_rest(net: Hourglass, pictures: list[Tensor], generator: torch.Generato
     patches: list[Tensor] = []
     residues: list[Tensor] = []
     for _ in range(60):
-        x = F.pixel_unshuffle(_crops(pictures, 64, 50, generator).to(device).float() / 255, 8)
+        x = F.pixel_unshuffle(crops_of(pictures, 64, 50, generator).to(device).float() / 255, 8)
         left = x - net.synthesis.to_depth(net.analysis.from_depth(x) * gain * inverse)
         for values, kept in ((x, patches), (left, residues)):
             kept.append(F.pixel_unshuffle(values, 2)[:, :, 1:3, 1:3].permute(0, 2, 3, 1).reshape(-1, 4 * 192).double())
@@ -368,7 +373,7 @@ def start_rest(net: Hourglass, pictures: list[Tensor], generator: torch.Generato
     covariance = x.T @ x / len(x)
     covariance += 1e-7 * torch.eye(len(covariance), device=device)
     regression = torch.linalg.solve(covariance, x.T @ left / len(x))  # (768 of the patch, 768 of its residue)
-    basis, deviation = _principal(x @ regression, count)
+    basis, deviation = principal(x @ regression, count)
     shuffled = _dealt(count)
     basis, scale = basis[:, shuffled], deviation[shuffled].clamp(min=1e-3).sqrt()
     matrix = (regression @ basis).T / scale[:, None]
@@ -377,7 +382,7 @@ def start_rest(net: Hourglass, pictures: list[Tensor], generator: torch.Generato
     _put_gains(net, torch.arange(shape.latent).reshape(4, -1)[:, shape.core // 4 :].flatten(), scale)
 
 
-def _crops(pictures: list[Tensor], side: int, count: int, generator: torch.Generator) -> Tensor:
+def crops_of(pictures: list[Tensor], side: int, count: int, generator: torch.Generator) -> Tensor:
     """(count, 3, side, side) uint8 from random places."""
     crops = []
     for _ in range(count):
@@ -410,7 +415,7 @@ def _put_gains(net: Hourglass, channels: Tensor, scale: Tensor) -> None:
     net.gains.log_inverse[:, channels] = (step / scale).log().float()
 
 
-def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Leading principal directions of (N, D) rows: (D, count) orthonormal columns, (count,) deviations."""
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     order = values.argsort(descending=True)[:count]

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hourglass import codec
-from hourglass.codec import entropy, image, metrics
+from hourglass.codec import image, metrics
 from hourglass.codec.image import list_pictures
 from hourglass.codec.runtime import DEFAULT_MODEL, usable_cores
 
@@ -85,7 +85,7 @@ def own_points(pixels: Pixels, coder: codec.Codec, effort: codec.Effort) -> dict
     near = min(range(101), key=lambda quality: abs(sizes[quality] - goal))
     tables = coder._model(coder.model).tables
     ideal = [
-        sum(entropy.ideal_bits(*part, tables) for tile in coder._unpacked(files[quality])[1] for part in tile.parts) / 8
+        sum(sum(tile.ideal_bits(tables).values()) for tile in coder._unpacked(files[quality])[1]) / 8
         for quality in QUALITIES
     ]
     return {"points": [own_point(q) for q in QUALITIES], "near": own_point(near), "sizes": sizes, "ideal": ideal}

@@ -105,7 +105,7 @@ def hops(codec: Codec, source: Path, file: Path, repeat: int) -> dict[str, float
     """Median seconds of each part of encode and decode, and of smaller pictures beside reducing the whole one."""
     picture, data = image.load(source), file.read_bytes()
     model = codec._model(codec.model)
-    grid = Grid(picture.width, picture.height, model.tile.stride)
+    grid = Grid(picture.width, picture.height, model.side)
     requantised = codec._requantiser(picture)
     with Reader(data) as reader:
         decoding = codec._decoding(reader)

@@ -98,7 +98,7 @@ class Distortion(_message.Message):
     def __init__(self, psnr: _Optional[float] = ..., ms_ssim: _Optional[float] = ...) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("image_file", "pixels", "quality", "target_size", "target_bpp", "target_psnr", "model", "want_file", "want_code", "want_distortion", "effort", "metadata", "srgb", "frame", "no_fallback")
+    __slots__ = ("image_file", "pixels", "quality", "target_size", "target_bpp", "target_psnr", "model", "want_file", "want_code", "want_distortion", "effort", "metadata", "srgb", "frame", "no_fallback", "no_grey_model")
     IMAGE_FILE_FIELD_NUMBER: _ClassVar[int]
     PIXELS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class EncodeRequest(_message.Message):
     SRGB_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     NO_FALLBACK_FIELD_NUMBER: _ClassVar[int]
+    NO_GREY_MODEL_FIELD_NUMBER: _ClassVar[int]
     image_file: bytes
     pixels: Pixels
     quality: float
@@ -129,7 +130,8 @@ class EncodeRequest(_message.Message):
     srgb: bool
     frame: int
     no_fallback: bool
-    def __init__(self, image_file: _Optional[bytes] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., quality: _Optional[float] = ..., target_size: _Optional[int] = ..., target_bpp: _Optional[float] = ..., target_psnr: _Optional[float] = ..., model: _Optional[str] = ..., want_file: _Optional[bool] = ..., want_code: _Optional[bool] = ..., want_distortion: _Optional[bool] = ..., effort: _Optional[_Union[Effort, str]] = ..., metadata: _Optional[_Union[MetadataKept, str]] = ..., srgb: _Optional[bool] = ..., frame: _Optional[int] = ..., no_fallback: _Optional[bool] = ...) -> None: ...
+    no_grey_model: bool
+    def __init__(self, image_file: _Optional[bytes] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., quality: _Optional[float] = ..., target_size: _Optional[int] = ..., target_bpp: _Optional[float] = ..., target_psnr: _Optional[float] = ..., model: _Optional[str] = ..., want_file: _Optional[bool] = ..., want_code: _Optional[bool] = ..., want_distortion: _Optional[bool] = ..., effort: _Optional[_Union[Effort, str]] = ..., metadata: _Optional[_Union[MetadataKept, str]] = ..., srgb: _Optional[bool] = ..., frame: _Optional[int] = ..., no_fallback: _Optional[bool] = ..., no_grey_model: _Optional[bool] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("file", "code", "distortion", "model", "quality", "width", "height", "warnings", "lossless")
@@ -366,6 +368,28 @@ class Failure(_message.Message):
     reason: str
     retry_milliseconds: int
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., reason: _Optional[str] = ..., retry_milliseconds: _Optional[int] = ...) -> None: ...
+
+class FeaturesRequest(_message.Message):
+    __slots__ = ("image_file", "pixels", "file", "model")
+    IMAGE_FILE_FIELD_NUMBER: _ClassVar[int]
+    PIXELS_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    image_file: bytes
+    pixels: Pixels
+    file: bytes
+    model: str
+    def __init__(self, image_file: _Optional[bytes] = ..., pixels: _Optional[_Union[Pixels, _Mapping]] = ..., file: _Optional[bytes] = ..., model: _Optional[str] = ...) -> None: ...
+
+class FeaturesResponse(_message.Message):
+    __slots__ = ("values", "model", "warnings")
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    model: str
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, values: _Optional[_Iterable[float]] = ..., model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("file",)

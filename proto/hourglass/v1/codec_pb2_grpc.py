@@ -70,6 +70,11 @@ class CodecServiceStub:
                 request_serializer=hourglass_dot_v1_dot_codec__pb2.DecodeBatchRequest.SerializeToString,
                 response_deserializer=hourglass_dot_v1_dot_codec__pb2.DecodeBatchResponse.FromString,
                 _registered_method=True)
+        self.Features = channel.unary_unary(
+                '/hourglass.v1.CodecService/Features',
+                request_serializer=hourglass_dot_v1_dot_codec__pb2.FeaturesRequest.SerializeToString,
+                response_deserializer=hourglass_dot_v1_dot_codec__pb2.FeaturesResponse.FromString,
+                _registered_method=True)
         self.Inspect = channel.unary_unary(
                 '/hourglass.v1.CodecService/Inspect',
                 request_serializer=hourglass_dot_v1_dot_codec__pb2.InspectRequest.SerializeToString,
@@ -136,6 +141,13 @@ class CodecServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Features(self, request, context):
+        """What describes a picture or a .hgc file, for search and comparison; of a file no pixels are decoded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Inspect(self, request, context):
         """What the header of a .hgc file says; nothing is decoded.
         """
@@ -182,6 +194,11 @@ def add_CodecServiceServicer_to_server(servicer, server):
                     servicer.DecodeBatch,
                     request_deserializer=hourglass_dot_v1_dot_codec__pb2.DecodeBatchRequest.FromString,
                     response_serializer=hourglass_dot_v1_dot_codec__pb2.DecodeBatchResponse.SerializeToString,
+            ),
+            'Features': grpc.unary_unary_rpc_method_handler(
+                    servicer.Features,
+                    request_deserializer=hourglass_dot_v1_dot_codec__pb2.FeaturesRequest.FromString,
+                    response_serializer=hourglass_dot_v1_dot_codec__pb2.FeaturesResponse.SerializeToString,
             ),
             'Inspect': grpc.unary_unary_rpc_method_handler(
                     servicer.Inspect,
@@ -362,6 +379,33 @@ class CodecService:
             '/hourglass.v1.CodecService/DecodeBatch',
             hourglass_dot_v1_dot_codec__pb2.DecodeBatchRequest.SerializeToString,
             hourglass_dot_v1_dot_codec__pb2.DecodeBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Features(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hourglass.v1.CodecService/Features',
+            hourglass_dot_v1_dot_codec__pb2.FeaturesRequest.SerializeToString,
+            hourglass_dot_v1_dot_codec__pb2.FeaturesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -82,8 +82,8 @@ def set_settings(request: pb.EncodeRequest, settings: Settings, source: int | No
             request.effort = next(number for number, effort in EFFORTS.items() if effort == value)  # type: ignore[assignment]
         elif name == "metadata":
             request.metadata = next(number for number, keep in KEPT.items() if keep == value)  # type: ignore[assignment]
-        elif name == "fallback":
-            request.no_fallback = not value
+        elif name in ("fallback", "grey_model"):
+            setattr(request, f"no_{name}", not value)
         else:
             setattr(request, name, parse_size(value, source) if name == "target_size" else value)  # type: ignore[arg-type]
 
@@ -99,6 +99,7 @@ def get_settings(request: pb.EncodeRequest) -> Settings:
         "metadata": KEPT[request.metadata],
         "srgb": request.srgb,
         "fallback": not request.no_fallback,
+        "grey_model": not request.no_grey_model,
     }
     if request.HasField("frame"):
         settings["frame"] = request.frame

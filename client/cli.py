@@ -19,7 +19,7 @@ import click
 from hourglass import codec
 from hourglass.codec import container, errors, image, metrics, strips
 from hourglass.codec.decoding import KINDS
-from hourglass.codec.runtime import DEFAULT_MODEL
+from hourglass.codec.runtime import DEFAULT_MODEL, model_ids, open_model
 from hourglass.codec.settings import is_aimed, load
 
 SUFFIX = ".hgc"
@@ -77,8 +77,8 @@ class Options:
 class Report:
     """One input's outcome; the fields of --json. bpp and ratio (to raw pixels) are those of the .hgc file.
 
-    width, height: of the whole picture. lossless: whether it is stored without loss. damage: what could not be
-    salvaged.
+    width, height: of the whole picture. lossless: whether it is stored without loss. location_share: of the code's bits
+    those of its location map, 0 to 1; None where the model has none. damage: what could not be salvaged.
     """
 
     input: str
@@ -94,6 +94,7 @@ class Report:
     psnr: float | None
     ms_ssim: float | None
     seconds: float
+    location_share: float | None = None
     damage: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -103,6 +104,7 @@ class Report:
             f"{self.ratio:.1f}:1",
             f"{self.bpp:.3f} bpp",
             *["lossless"] * self.lossless,
+            *_locations(self.location_share),
         ]
         if self.psnr is not None and self.ms_ssim is not None:
             parts += [f"PSNR {self.psnr:.2f} dB", f"MS-SSIM {self.ms_ssim:.4f}"]
@@ -155,6 +157,13 @@ class _Scale(click.ParamType[int]):
 @click.option("--metadata", type=click.Choice(get_args(image.Keep)), help="What to keep of it.  [default: all]")
 @click.option("--srgb", is_flag=True, default=None, help="Convert colours to sRGB, and drop the profile.")
 @click.option("--frame", type=click.IntRange(0), metavar="N", help="Frame of an animation, page of a document, from 0.")
+@click.option(
+    "--no-grey-model",
+    "grey_model",
+    flag_value=False,
+    default=None,
+    help="Code grey pictures with the model itself, not its counterpart for these.",
+)
 @click.option("--no-fallback", "fallback", flag_value=False, default=None, help="Never store a picture losslessly.")
 @click.option("-d", "--decode", "action", flag_value="decode", help="Decode .hgc files; to .png unless -o says else.")
 @click.option("-l", "--list", "action", flag_value="list", help="Check .hgc files and show their headers.")
@@ -184,8 +193,8 @@ def main(
     chosen = Options(settings, view, force, metrics)
     for name in ["metrics"] * metrics + list(settings):
         if action:
-            flag = "no-fallback" if name == "fallback" else name.replace("_", "-")
-            raise click.UsageError(f"--{flag} goes with encoding only")
+            no = "no-" if name in ("fallback", "grey_model") else ""
+            raise click.UsageError(f"--{no}{name.replace('_', '-')} goes with encoding only")
     for name in view:
         if action != "decode":
             raise click.UsageError(f"--{name} goes with decoding, -d, only")
@@ -397,12 +406,27 @@ def _report(
         header.lossless,
         *quality,
         round(seconds, 4),
+        _location_share(data, header),
     )
+
+
+def _location_share(data: codec.FileSource, header: codec.Header) -> float | None:
+    """Of a file's symbols the share of bits that say where max pooling found its values; None where there are none."""
+    if header.lossless or header.model not in model_ids():
+        return None
+    if "l" not in {rule.name for rule in open_model(header.model).tensors}:
+        return None
+    bits = codec.Codec(header.model).tensor_bits(data)
+    return bits["l"] / sum(bits.values())
+
+
+def _locations(share: float | None) -> list[str]:
+    return [] if share is None else [f"locations {share:.0%} of the code"]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """One file's header; the fields of -l --json. Sections: kind, bytes, CRC-32."""
+    """One file's header; the fields of -l --json. Sections: kind, bytes, CRC-32. location_share: see `Report`."""
 
     input: str
     version: int
@@ -416,6 +440,7 @@ class Listing:
     grey: bool
     lossless: bool
     sections: list[dict[str, int | str]]
+    location_share: float | None
 
     def __str__(self) -> str:
         how = "lossless" if self.lossless else f"quality {self.quality:g}, model {self.model}"
@@ -425,7 +450,8 @@ class Listing:
         shares = (f"{len(p)} x {name} {sum(p)}" if len(p) > 1 else f"{name} {sum(p)}" for name, p in parts.items())
         return (
             f"{self.input}: {self.width}x{self.height}{' grey' * self.grey}, {how}, {self.bytes} bytes, "
-            f"{self.ratio:.1f}:1, {self.bpp:.3f} bpp, format version {self.version}, bytes of {', '.join(shares)}"
+            f"{self.ratio:.1f}:1, {self.bpp:.3f} bpp, format version {self.version}, "
+            + ", ".join([*_locations(self.location_share), f"bytes of {', '.join(shares)}"])
         )
 
 
@@ -438,7 +464,8 @@ _NAMES = {
 
 
 def _list(name: str, _: str) -> Listing:
-    with container.Reader(_read(name) if name == STREAM else name) as reader:
+    source = _read(name) if name == STREAM else name
+    with container.Reader(source) as reader:
         header = reader.header
         reader.check_length()
         for number in range(len(header.sections)):
@@ -459,6 +486,7 @@ def _list(name: str, _: str) -> Listing:
                 {"kind": s.kind, "name": _NAMES.get(s.kind, "unknown"), "bytes": s.length, "crc32": s.crc}
                 for s in header.sections
             ],
+            _location_share(source, header),
         )
 
 

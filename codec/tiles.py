@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec import entropy, prior, runtime
-from hourglass.codec.errors import CodeError, ContainerError, CorruptError
+from hourglass.codec.errors import CodeError, ContainerError, CorruptError, HourglassError
 from hourglass.codec.prior import Part
 from hourglass.codec.quantise import Symbols, dequantise, narrow, widen
 
@@ -171,6 +171,7 @@ def unpack_tile(model: runtime.Model, quality: float, section: memoryview, tile:
 
     tensors, latent = prior.walk(model, quality, tile.width, tile.height, width, decode)
     decoder.finish()
+    _check_locations(tensors, tile, CorruptError)
     symbols = Symbols(tensors, width, parts, latent)
     if _crc(symbols) != crc:
         raise CorruptError(f"the decoded symbols of tile {tile.number} do not match their checksum")
@@ -215,6 +216,7 @@ def walk_tile(
     y = narrow(whole, coded // 4)
     if np.count_nonzero(y) != np.count_nonzero(whole):
         raise CodeError(f"tile {tile.number} has {coded} channels that are coded, and symbols in other ones")
+    _check_locations(tensors, tile, CodeError)
     rows, columns = (-(-size // model.padding) * model.padding // runtime.STRIDE for size in (tile.height, tile.width))
     padded = np.zeros((len(y), rows, columns), np.int16)
     padded[:, : y.shape[1], : y.shape[2]] = y
@@ -228,6 +230,12 @@ def walk_tile(
     index = model.widths.index(coded // 4)
     _, latent = prior.walk(model, quality, tile.width, tile.height, index, take)
     return Symbols({**tensors, "y": y}, index, parts, latent)
+
+
+def _check_locations(tensors: Mapping[str, NDArray[np.int16]], tile: Tile, error: type[HourglassError]) -> None:
+    """Raise `error` unless every location is one of a patch of 2x2."""
+    if "l" in tensors and ((tensors["l"] < 0) | (tensors["l"] > 3)).any():
+        raise error(f"a location of tile {tile.number} is outside 0 to 3")
 
 
 def conceal(colour: NDArray[np.uint8], alpha: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

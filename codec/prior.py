@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec.runtime import Model
+from hourglass.codec.watch import hop
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -32,6 +33,7 @@ Choose: TypeAlias = Callable[[int, NDArray[np.uint8], NDArray[np.int16]], NDArra
 """(step, tables, means in 1/FINE symbols) -> symbols; all three arrays are parts."""
 
 
+@hop("prior")
 def walk(
     model: Model, quality: float, z: NDArray[np.int16], rows: int, columns: int, width: int, choose: Choose
 ) -> tuple[NDArray[np.int16], NDArray[np.float32]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hourglass.codec import entropy, prior
 from hourglass.codec.runtime import Model
+from hourglass.codec.watch import hop
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -69,6 +70,7 @@ class Symbols:
     latent: NDArray[np.float32]
 
 
+@hop("quantisation")
 def quantise(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
     """Gain, prior, rounding. quality: as the file stores it."""
     return _best(analysed, quality) if effort == "best" else _once(analysed, quality, effort)[0]
@@ -128,6 +130,7 @@ def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, 
     index = _width(scaled[:, :rows, :columns], model.widths)
     scaled = narrow(scaled, model.widths[index])
 
+    @hop("quantisation")
     def choose(step: int, tables: NDArray[np.uint8], mean: NDArray[np.int16]) -> NDArray[np.int16]:
         rest = prior.gather(scaled, step)
         rest -= mean * np.float32(1 / prior.FINE)

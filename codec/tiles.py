@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hourglass.codec import entropy, prior, runtime
 from hourglass.codec.errors import CodeError, ContainerError, CorruptError
 from hourglass.codec.quantise import Part, Symbols, dequantise, hyper_tables, narrow
+from hourglass.codec.watch import hop
 
 _HEAD = struct.Struct("<IB")  # CRC-32 of the symbols, width
 
@@ -101,6 +102,7 @@ class Piece:
         return Piece(self.latent[:, skipped:].copy(), self.width, skipped)
 
 
+@hop("synthesis")
 def patch(
     model: runtime.Model,
     quality: float,

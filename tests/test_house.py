@@ -121,7 +121,7 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
 def test_public_names() -> None:
     expected = """Code Codec DEFAULT_QUALITY Distortion Effort FileSource Header HourglassError ImageSource Keep Limits
                   Metadata ModelInfo Picture Pixels Region SCALES Section Settings TensorRule View check_settings decode
-                  encode errors metrics parse_size read_header"""
+                  encode errors metrics parse_size read_header watch"""
     assert set(codec.__all__) == set(expected.split())
     assert all(hasattr(codec, name) for name in codec.__all__)
 

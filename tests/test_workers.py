@@ -132,7 +132,13 @@ def test_kill_reload_and_drain_under_load(started: Callable[..., Process], tmp_p
     assert abs(counted - len(encoded)) <= 1
     assert calls['hourglass_pixels_total{method="Encode"}'] == pytest.approx(128 * 128 * counted, abs=128 * 128)
     assert encoded[0]["client"] == "one"
-    assert encoded[0]["hops_ms"].keys() == {"receive", "header", "queue", "image", "codec", "send"}
+    clock = {"receive", "header", "queue", "image", "codec", "send"}
+    inside = {"analysis", "quantisation", "prior", "entropy", "pack", "lossless"}
+    hops = encoded[0]["hops_ms"]
+    assert hops.keys() == clock | inside
+    assert 0 < sum(hops[name] for name in inside) <= hops["codec"] + 1  # rounded; one thread for each call
+    for name in clock | inside:
+        assert calls[f'hourglass_hop_seconds_count{{hop="{name}",method="Encode"}}'] >= len(encoded) - 1
     _terminate(server, parrots)
 
 

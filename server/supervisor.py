@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import prometheus_client as prometheus
 from prometheus_client import multiprocess
@@ -35,10 +37,22 @@ _PAUSE_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
 _CALM_SECONDS = 60.0
 
 
+_LOOK_SECONDS = 1.0
+"""Between two looks at the workers' hearts, at most."""
+
+_START_SECONDS = 120.0
+"""How long a new worker may take, at least, before it says its first word: the disk with its libraries may be slow."""
+
+
 @dataclass
 class _Worker:
+    """heart: when its event loop last went round, by the monotonic clock, in memory that both processes see: a pipe
+    would fill up when nobody reads, and then stop the worker itself.
+    """
+
     process: SpawnProcess
     pipe: Connection
+    heart: Any
     reloads: int
     ready: bool = False
 
@@ -64,6 +78,7 @@ class _Supervisor:
         self._next_start = 0.0
         self._announced = False
         self._reloads = 0
+        self._looked = self._awake = time.monotonic()
 
     def run(self) -> None:
         try:
@@ -80,17 +95,21 @@ class _Supervisor:
     def _start(self) -> None:
         mine, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # gRPC and onnxruntime do not survive a fork
-        process = context.Process(target=worker.run, args=(self._config, str(self._zoo.folder), theirs), name="worker")
+        heart = context.RawValue("d", time.monotonic())
+        arguments = self._config, str(self._zoo.folder), theirs, heart
+        process = context.Process(target=worker.run, args=arguments, name="worker")
         process.start()
         theirs.close()
-        self._workers.append(_Worker(process, mine, self._reloads))
+        self._workers.append(_Worker(process, mine, heart, self._reloads))
 
     def _turn(self) -> bool:
         """Wait for something to happen and answer to it. Returns whether to go on."""
         missing = self._config.processes - len(self._workers)
-        timeout = max(self._next_start - time.monotonic(), 0.0) if missing else None
+        timeout = self._pause
+        if missing:
+            timeout = min(max(self._next_start - time.monotonic(), 0.0), timeout)
         watched = [one.pipe for one in self._workers if not one.ready] + [one.process.sentinel for one in self._workers]
-        happened = wait([*watched, self._signals], timeout)
+        happened = wait([*watched, self._signals], timeout if timeout < math.inf else None)
         if self._signals in happened:
             number = self._signals.recv_bytes()[0]
             if number != signal.SIGHUP:
@@ -106,7 +125,26 @@ class _Supervisor:
                 self._bury(one)
         if missing and time.monotonic() >= self._next_start:
             self._start()
+        self._feel()
         return True
+
+    @property
+    def _pause(self) -> float:
+        """Longest wait between two looks at the workers' hearts."""
+        limit = self._config.stall_seconds
+        return min(limit / 4, _LOOK_SECONDS) if limit else math.inf
+
+    def _feel(self) -> None:
+        """Kill workers whose event loop stands still; `_bury` replaces them."""
+        now, limit = time.monotonic(), self._config.stall_seconds
+        if now - self._looked > 2 * self._pause:
+            self._awake = now  # this process itself stood still, so all may have: a machine or container was frozen
+        self._looked = now
+        for one in self._workers:
+            still = now - max(one.heart.value, self._awake)
+            if limit and still > (limit if one.ready else max(limit, _START_SECONDS)) and one.process.is_alive():
+                _log.error("worker %d stands still for %.0f s; it is killed", one.process.pid, still)
+                one.process.kill()
 
     def _hear(self, one: _Worker) -> None:
         """A new worker serves, or says why it cannot, or is dead."""

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +32,7 @@ from hourglass.server.telemetry import Telemetry, set_up_logs
 _log = logging.getLogger(__name__)
 
 _GAUGES_SECONDS = 1.0
+_BEAT_SECONDS = 0.2
 
 _NICE = 2
 """How much the codec's threads stand back for the event loop, so that a full server still refuses at once."""
@@ -188,24 +190,26 @@ def _stand_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def run(config: Config, zoo: str, pipe: Connection) -> None:
+def run(config: Config, zoo: str, pipe: Connection, heart: Any) -> None:
     """A worker process: serve until SIGTERM or the supervisor's end, reload at SIGHUP.
 
-    pipe: is told None when the worker serves, or why it cannot.
+    pipe: is told None when the worker serves, or why it cannot. heart: a shared number, set to the monotonic clock
+    again and again for as long as the event loop goes round.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the supervisor decides
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     set_up_logs(config.log_level)
     sys.setswitchinterval(0.001)  # the event loop waits less for the codec's Python
     try:
-        asyncio.run(_serve(config, Path(zoo), pipe))
+        asyncio.run(_serve(config, Path(zoo), pipe, heart))
     except errors.HourglassError as exc:
         pipe.send(exc)
         sys.exit(1)
 
 
-async def _serve(config: Config, zoo: Path, pipe: Connection) -> None:
+async def _serve(config: Config, zoo: Path, pipe: Connection, heart: Any) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    beating = asyncio.create_task(_beat(heart))
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     server = Server(config, shared=True, zoo=zoo)
     await server.start()
@@ -215,3 +219,10 @@ async def _serve(config: Config, zoo: Path, pipe: Connection) -> None:
     await stop.wait()
     loop.remove_reader(pipe.fileno())
     await server.stop()
+    beating.cancel()
+
+
+async def _beat(heart: Any) -> None:
+    while True:
+        heart.value = time.monotonic()
+        await asyncio.sleep(_BEAT_SECONDS)

@@ -203,6 +203,46 @@ def _terminate(server: Process, parrots: Path) -> None:
         channel.close()
 
 
+def test_a_worker_that_stands_still_is_replaced(started: Callable[..., Process], parrots: Path) -> None:
+    """Stopped in the midst of its calls, it neither dies nor answers; the clients' calls go on all the same.
+
+    Where the whole server was stopped, as a container may be, nobody is taken for one that stands still.
+    """
+    server = started(workers=2, stall_seconds=2, metrics_listen="127.0.0.1:0")
+    small = image.write(image.read(parrots)[:128, :128], "PNG")
+    expected = Codec().encode(small)
+    stop = threading.Event()
+
+    def work(_: int) -> int:
+        done = 0
+        with Client(server.address) as client:
+            while not stop.is_set():
+                assert client.encode(small) == expected
+                done += 1
+        return done
+
+    before = server.workers()
+    with ThreadPoolExecutor(6) as pool:
+        loads = [pool.submit(work, number) for number in range(6)]
+        try:
+            time.sleep(2.5)  # longer than the limit: who works hard does not stand still
+            for number in (signal.SIGSTOP, signal.SIGCONT):
+                for pid in (server.process.pid, *before):
+                    os.kill(pid, number)
+                time.sleep(2.5)
+            assert server.workers() == before
+            os.kill(before[0], signal.SIGSTOP)
+            server.wait_for(f"worker {before[0]} stands still for ")
+            server.wait_for(f"worker {before[0]} ended with status -9; replaced")
+            _wait_until(lambda: server.metrics().get("hourglass_workers") == 2)
+            time.sleep(1)
+        finally:
+            stop.set()
+        assert all(load.result() > 0 for load in loads)
+    assert before[1] in server.workers()
+    assert len(server.workers()) == 2
+
+
 def test_what_cannot_start_says_so() -> None:
     for flags, status, message in (
         (["--model", "none-such"], 2, "no model 'none-such' is installed"),

@@ -33,6 +33,9 @@ ZOO = Path(__file__).parent / "zoo"
 
 DEFAULT_MODEL = "hourglass-3"
 
+# Since 1.29 onnxruntime tells its maker, on Linux too, which models it runs, unless this is set before it loads.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 def model_ids(zoo: Path = ZOO) -> list[str]:
     """Ids of the models in a zoo, sorted."""

@@ -98,7 +98,13 @@ class _Supervisor:
         heart = context.RawValue("d", time.monotonic())
         arguments = self._config, str(self._zoo.folder), theirs, heart
         process = context.Process(target=worker.run, args=arguments, name="worker")
-        process.start()
+        # A new process inherits this, and hears signals only when it has handlers for them: before that they would end
+        # it, or make Python print a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         theirs.close()
         self._workers.append(_Worker(process, mine, heart, self._reloads))
 
@@ -201,7 +207,7 @@ class _Supervisor:
         _log.info("stopped")
 
     def _send(self, one: _Worker, number: signal.Signals) -> None:
-        # A worker that is not ready has no handlers yet.
+        # A worker that is not ready has no handler yet for SIGHUP, and one that waits for SIGTERM.
         if one.process.pid is not None and one.process.is_alive() and (one.ready or number == signal.SIGTERM):
             os.kill(one.process.pid, number)
 

@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, ClassVar
 
 import prometheus_client as prometheus
@@ -226,3 +228,15 @@ def set_up_logs(level: str) -> None:
     handler.setFormatter(_Json())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)  # Pillow's, of what it finds in files
+    # What Python itself would print, of threads, destructors and its own end too.
+    sys.excepthook = _log_exception
+    threading.excepthook = lambda args: _log.error(
+        "thread %s failed", args.thread and args.thread.name, exc_info=args.exc_value
+    )
+    sys.unraisablehook = lambda args: _log.error(
+        "%s: %r", args.err_msg or "exception ignored in", args.object, exc_info=args.exc_value
+    )
+
+
+def _log_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _log.critical("the process fails", exc_info=(kind, error, trace))

@@ -205,17 +205,22 @@ def run(config: Config, zoo: str, pipe: Connection, heart: Any) -> None:
     except errors.HourglassError as exc:
         pipe.send(exc)
         sys.exit(1)
+    except Exception:  # multiprocessing would print it, not log it
+        _log.critical("the worker fails", exc_info=True)
+        sys.exit(1)
 
 
 async def _serve(config: Config, zoo: Path, pipe: Connection, heart: Any) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     beating = asyncio.create_task(_beat(heart))
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     server = Server(config, shared=True, zoo=zoo)
     await server.start()
     loop.add_signal_handler(signal.SIGHUP, server.reload)
     loop.add_reader(pipe.fileno(), stop.set)  # the supervisor sends nothing: it is gone
-    pipe.send(None)
+    with contextlib.suppress(OSError):  # gone already
+        pipe.send(None)
     await stop.wait()
     loop.remove_reader(pipe.fileno())
     await server.stop()

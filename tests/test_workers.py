@@ -37,6 +37,7 @@ class Process:
         environment = {**os.environ, "HOURGLASS_LISTEN": "127.0.0.1:0", **variables}
         self.process = subprocess.Popen([SERVER], stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[dict[str, Any]] = []
+        self.raw: list[str] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         said = self.wait_for("listening on ")
@@ -45,8 +46,10 @@ class Process:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            # As they come. A process that is killed may have lines of its own, of Python and not of our log.
-            self.lines.append(json.loads(line) if line.startswith("{") else {"message": line})
+            try:
+                self.lines.append(json.loads(line))
+            except ValueError:
+                self.raw.append(line)
 
     def wait_for(self, text: str, count: int = 1) -> str:
         """The message with `text`, once there have been `count`."""
@@ -76,6 +79,9 @@ class Process:
         assert self.process.stderr is not None
         self.process.stderr.close()
         self.process.wait()
+        # Whatever happens to its processes: what is no line of the log, no collector of logs can read.
+        assert self.raw == []
+        assert [line for line in self.lines if "traceback" in line] == []
 
 
 @pytest.fixture
@@ -103,6 +109,7 @@ def test_kill_reload_and_drain_under_load(started: Callable[..., Process], tmp_p
         models=tmp_path / "models",
         token_file=tokens,
         grace_seconds=60,
+        queue_seconds=60,  # for machines that do other things too
     )
     small = image.write(image.read(parrots)[:128, :128], "PNG")
     expected = Codec().encode(small)
@@ -255,12 +262,43 @@ def test_what_cannot_start_says_so() -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_signals_to_workers_that_begin(started: Callable[..., Process], number: signal.Signals) -> None:
+    """A terminal's Ctrl-C goes to all processes, also to one that reads its libraries and has no handlers yet."""
+    server = started(workers=1)
+    (first,) = server.workers()
+    os.kill(first, signal.SIGKILL)
+    server.wait_for("ended with status -9; replaced")
+    _wait_until(lambda: server.workers() not in ([], [first]))
+    (second,) = server.workers()
+    for _ in range(10):
+        os.kill(second, number)
+        time.sleep(0.03)
+    if number == signal.SIGTERM:  # heard as soon as it can be, and obeyed
+        server.wait_for(f"worker {second} ended with status 0; replaced")
+        return
+    with Client(server.address) as client:
+        assert client.models()
+    assert server.workers() == [second]
+
+
+def test_supervisor_gone_while_a_worker_begins(started: Callable[..., Process]) -> None:
+    server = started(workers=1)
+    (first,) = server.workers()
+    os.kill(first, signal.SIGKILL)
+    _wait_until(lambda: server.workers() not in ([], [first]))
+    (second,) = server.workers()
+    server.process.kill()
+    _wait_until(lambda: not _works(second))
+
+
+def _works(pid: int) -> bool:
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.exists() and b"spawn_main" in path.read_bytes()
+
+
 def test_supervisor_gone_workers_go(started: Callable[..., Process]) -> None:
     server = started(workers=1)
     (pid,) = server.workers()
     server.process.kill()
-    for _ in range(200):
-        if not Path(f"/proc/{pid}").exists() or b"spawn_main" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return
-        time.sleep(0.05)
-    raise AssertionError("the worker lives on")
+    _wait_until(lambda: not _works(pid))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import multiprocessing
@@ -10,8 +11,8 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -21,11 +22,13 @@ from typing import Any
 
 import prometheus_client as prometheus
 from prometheus_client import multiprocess
+from prometheus_client.registry import Collector
 
 from hourglass.codec import errors
 from hourglass.codec.runtime import ZOO
 from hourglass.server import worker
 from hourglass.server.config import Config, split_address
+from hourglass.server.heart import Heart
 
 _log = logging.getLogger("hourglass.server")
 
@@ -46,13 +49,9 @@ _START_SECONDS = 120.0
 
 @dataclass
 class _Worker:
-    """heart: when its event loop last went round, by the monotonic clock, in memory that both processes see: a pipe
-    would fill up when nobody reads, and then stop the worker itself.
-    """
-
     process: SpawnProcess
     pipe: Connection
-    heart: Any
+    heart: Heart
     reloads: int
     ready: bool = False
 
@@ -77,7 +76,7 @@ class _Supervisor:
         self._deaths: list[float] = []
         self._next_start = 0.0
         self._announced = False
-        self._reloads = 0
+        self._reloads = self._started = 0
         self._looked = self._awake = time.monotonic()
 
     def run(self) -> None:
@@ -95,8 +94,10 @@ class _Supervisor:
     def _start(self) -> None:
         mine, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # gRPC and onnxruntime do not survive a fork
-        heart = context.RawValue("d", time.monotonic())
-        arguments = self._config, str(self._zoo.folder), theirs, heart
+        self._started += 1
+        path = Path(self._metrics) / f"heart-{self._started}"
+        heart = Heart(path)
+        arguments = self._config, str(self._zoo.folder), theirs, str(path)
         process = context.Process(target=worker.run, args=arguments, name="worker")
         # A new process inherits this, and hears signals only when it has handlers for them: before that they would end
         # it, or make Python print a traceback.
@@ -147,7 +148,7 @@ class _Supervisor:
             self._awake = now  # this process itself stood still, so all may have: a machine or container was frozen
         self._looked = now
         for one in self._workers:
-            still = now - max(one.heart.value, self._awake)
+            still = now - max(one.heart.last, self._awake)
             if limit and still > (limit if one.ready else max(limit, _START_SECONDS)) and one.process.is_alive():
                 _log.error("worker %d stands still for %.0f s; it is killed", one.process.pid, still)
                 one.process.kill()
@@ -181,6 +182,7 @@ class _Supervisor:
         one.process.join()
         self._workers.remove(one)
         one.pipe.close()
+        one.heart.close()
         multiprocess.mark_process_dead(one.process.pid, self._metrics)  # type: ignore[no-untyped-call]
         if not self._announced:
             raise errors.HourglassError(
@@ -288,10 +290,37 @@ def _signals() -> Iterator[Connection]:
             signal.signal(number, handler)
 
 
+class _Sum(Collector):
+    """The workers' metrics, added up. A file that is empty was just made, or its worker was killed as it made it; the
+    library's own collector fails on it, from then on at every scrape.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterable[prometheus.Metric]:
+        files = []
+        for path in self._folder.glob("*.db"):
+            with suppress(FileNotFoundError):  # a gauge of a worker that has died
+                files += [str(path)] if path.stat().st_size else []
+        merged: Iterable[prometheus.Metric] = multiprocess.MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+        return merged
+
+
+class _Errors(io.StringIO):
+    """Where wsgiref prints why a scrape failed: the log."""
+
+    def flush(self) -> None:
+        if text := self.getvalue().strip():
+            self.seek(self.truncate(0))
+            last = text.splitlines()[-1]
+            _log.error("the metrics cannot be told: %s", last, extra={"facts": {"traceback": text}})
+
+
 def _serve_metrics(address: str, folder: str) -> Callable[[], None]:
     """Serve the sum of the workers' metrics; returns what ends that."""
     registry = prometheus.CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+    registry.register(_Sum(Path(folder)))
     host, port = split_address(address, "--metrics-listen")
     try:
         server, thread = prometheus.start_http_server(port, host, registry)
@@ -299,6 +328,8 @@ def _serve_metrics(address: str, folder: str) -> Callable[[], None]:
         raise errors.InvalidArgument(
             f"cannot serve metrics on {address!r}: {exc.strerror}; is the port in use?"
         ) from exc
+    kind: Any = server.RequestHandlerClass
+    server.RequestHandlerClass = type("Handler", (kind,), {"get_stderr": lambda _: _Errors()})
     _log.info("metrics on %s:%d", host, server.server_port)
 
     def close() -> None:

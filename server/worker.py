@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +24,7 @@ from hourglass.codec.runtime import ZOO
 from hourglass.server.admission import Admission, Bounds
 from hourglass.server.call import Desk
 from hourglass.server.config import Config
+from hourglass.server.heart import Heart
 from hourglass.server.security import Tls, TokenInterceptor, Tokens
 from hourglass.server.servicer import SERVICE, CodecServicer
 from hourglass.server.telemetry import Telemetry, set_up_logs
@@ -190,18 +190,18 @@ def _stand_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def run(config: Config, zoo: str, pipe: Connection, heart: Any) -> None:
+def run(config: Config, zoo: str, pipe: Connection, heart: str) -> None:
     """A worker process: serve until SIGTERM or the supervisor's end, reload at SIGHUP.
 
-    pipe: is told None when the worker serves, or why it cannot. heart: a shared number, set to the monotonic clock
-    again and again for as long as the event loop goes round.
+    pipe: is told None when the worker serves, or why it cannot. heart: file of a `Heart`, which beats for as long
+    as the event loop goes round.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the supervisor decides
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     set_up_logs(config.log_level)
     sys.setswitchinterval(0.001)  # the event loop waits less for the codec's Python
     try:
-        asyncio.run(_serve(config, Path(zoo), pipe, heart))
+        asyncio.run(_serve(config, Path(zoo), pipe, Heart(Path(heart))))
     except errors.HourglassError as exc:
         pipe.send(exc)
         sys.exit(1)
@@ -210,7 +210,7 @@ def run(config: Config, zoo: str, pipe: Connection, heart: Any) -> None:
         sys.exit(1)
 
 
-async def _serve(config: Config, zoo: Path, pipe: Connection, heart: Any) -> None:
+async def _serve(config: Config, zoo: Path, pipe: Connection, heart: Heart) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     beating = asyncio.create_task(_beat(heart))
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -227,7 +227,7 @@ async def _serve(config: Config, zoo: Path, pipe: Connection, heart: Any) -> Non
     beating.cancel()
 
 
-async def _beat(heart: Any) -> None:
+async def _beat(heart: Heart) -> None:
     while True:
-        heart.value = time.monotonic()
+        heart.beat()
         await asyncio.sleep(_BEAT_SECONDS)

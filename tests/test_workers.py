@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import grpc
 import pytest
@@ -248,6 +249,22 @@ def test_a_worker_that_stands_still_is_replaced(started: Callable[..., Process],
         assert all(load.result() > 0 for load in loads)
     assert before[1] in server.workers()
     assert len(server.workers()) == 2
+
+
+def test_scrapes_outlive_what_killed_workers_leave(
+    started: Callable[..., Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may be killed as it makes a file of its metrics. One that is damaged is said to be so, in the log."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    server = started(workers=1, metrics_listen="127.0.0.1:0")
+    (folder,) = tmp_path.glob("hourglass-metrics-*")
+    (folder / "counter_1.db").touch()
+    _wait_until(lambda: server.metrics().get("hourglass_workers") == 1)
+    (folder / "counter_2.db").write_bytes(b"\1\0")
+    with pytest.raises(HTTPError, match="500"):
+        server.metrics()
+    server.wait_for("the metrics cannot be told: struct.error")
+    server.lines.clear()  # it has a traceback, as it should
 
 
 def test_what_cannot_start_says_so() -> None:

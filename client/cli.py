@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Unpack, cast, get_args
@@ -137,6 +137,9 @@ class _Scale(click.ParamType[int]):
         return int(text)
 
 
+_FILE = click.Path(exists=True, dir_okay=False, readable=True)
+
+
 @click.command(help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("-o", "--output", metavar="OUTPUT", help="File to write, or an existing folder.")
@@ -175,6 +178,18 @@ class _Scale(click.ParamType[int]):
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each input.")
 @click.option("--model", metavar="ID", help=f"Model that encodes.  [default: {DEFAULT_MODEL}; with --server, its own]")
 @click.option("--server", metavar="HOST:PORT", help="Let this hourglass-server do the work, by gRPC.")
+@click.option("--tls", is_flag=True, help="Encrypt, and trust the authorities that this system trusts.")
+@click.option("--ca", type=_FILE, envvar="HOURGLASS_CLIENT_CA", show_envvar=True, help="Encrypt, and trust these; PEM.")
+@click.option("--cert", type=_FILE, envvar="HOURGLASS_CLIENT_CERT", show_envvar=True, help="Own certificate; PEM.")
+@click.option("--key", type=_FILE, envvar="HOURGLASS_CLIENT_KEY", show_envvar=True, help="Its private key; PEM.")
+@click.option("--server-name", metavar="NAME", help="Name in the server's certificate, if not that of its address.")
+@click.option(
+    "--token-file",
+    type=_FILE,
+    envvar="HOURGLASS_CLIENT_TOKEN_FILE",
+    show_envvar=True,
+    help="File with the bearer token, and nothing else.",
+)
 @click.version_option(package_name="hourglass-codec", prog_name="compress-image")
 def main(
     inputs: tuple[str, ...],
@@ -183,10 +198,19 @@ def main(
     as_json: bool,
     model: str | None,
     server: str | None,
+    tls: bool,
+    ca: str | None,
+    cert: str | None,
+    key: str | None,
+    server_name: str | None,
+    token_file: str | None,
     force: bool,
     metrics: bool,
     **given: Any,
 ) -> None:
+    if server is None:
+        _check_no_server()
+    access = _Access(tls, ca, cert, key, server_name, token_file)
     given = {name: value for name, value in given.items() if value is not None}
     view = cast("codec.View", {name: given.pop(name) for name in codec.View.__annotations__ if name in given})
     settings = cast("codec.Settings", given)
@@ -211,7 +235,7 @@ def main(
         if action == "decode":
             for target in targets.values():
                 _picture_format(target)
-        with _coder(model, server) as coder:
+        with _coder(model, server, access) as coder:
             work = partial(_decode if action == "decode" else _encode, coder, chosen)
             status = _each(targets, work, as_json)
     except (errors.InvalidArgument, errors.UnknownModelError) as exc:
@@ -219,14 +243,52 @@ def main(
     sys.exit(status)
 
 
+@dataclass(frozen=True)
+class _Access:
+    """How to know a server, and be known."""
+
+    tls: bool
+    ca: str | None
+    cert: str | None
+    key: str | None
+    server_name: str | None
+    token_file: str | None
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether anything that is given means TLS."""
+        return self.tls or any((self.ca, self.cert, self.key, self.server_name))
+
+    def token(self) -> str | None:
+        """Raises `InvalidArgument` for a file that has not one token alone, `OSError`."""
+        if self.token_file is None:
+            return None
+        words = Path(self.token_file).read_bytes().split()
+        if len(words) != 1 or not words[0].isascii():
+            raise errors.InvalidArgument(
+                f"--token-file {self.token_file} has {len(words)} words; expected one, the token that the server has "
+                "behind NAME:, of ASCII characters"
+            )
+        return words[0].decode()
+
+
+def _check_no_server() -> None:
+    """Refuse flags that only a server has a use for; variables may stand for other commands."""
+    context = click.get_current_context()
+    for name in [one.name for one in fields(_Access)]:
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} goes with --server only")
+
+
 @contextlib.contextmanager
-def _coder(model: str | None, server: str | None) -> Iterator[Coder]:
+def _coder(model: str | None, server: str | None, access: _Access) -> Iterator[Coder]:
     if server is None:
         yield codec.Codec(model or DEFAULT_MODEL)
         return
-    from hourglass.client.remote import Client  # grpc is loaded only when it is wanted
+    from hourglass.client.remote import Client, Tls  # grpc is loaded only when it is wanted
 
-    with Client(server, model=model) as client:
+    tls = Tls(access.ca, access.cert, access.key, access.server_name) if access.encrypted else None
+    with Client(server, model=model, tls=tls, token=access.token()) as client:
         yield client
 
 

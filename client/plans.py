@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import socket
 import time
 import uuid
@@ -106,11 +107,32 @@ class Tls:
     server_name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Raises `OSError` for a file that cannot be read, `InvalidArgument` for a certificate without its key."""
+        """Raises `OSError` for a file that cannot be read, `InvalidArgument` for one that is no PEM, or a certificate
+        without its key.
+        """
         if (self.certificate is None) != (self.key is None):
-            raise errors.InvalidArgument("Tls.certificate and Tls.key go together; give both or none")
-        names = (self.ca, self.key, self.certificate)
-        return grpc.ssl_channel_credentials(*(Path(name).read_bytes() if name is not None else None for name in names))
+            raise errors.InvalidArgument("the client's certificate and its key go together; give both or none")
+        contents = [
+            _pem(name, kind)
+            for name, kind in (
+                (self.ca, b"CERTIFICATE"),
+                (self.key, b"PRIVATE KEY"),
+                (self.certificate, b"CERTIFICATE"),
+            )
+        ]
+        return grpc.ssl_channel_credentials(*contents)
+
+
+def _pem(name: _FilePath | None, kind: bytes) -> bytes | None:
+    """A file's bytes, after a look at its first line: gRPC only says that it cannot connect."""
+    if name is None:
+        return None
+    content = Path(name).read_bytes()
+    if not re.search(rb"-----BEGIN [A-Z ]*" + kind + b"-----", content):
+        raise errors.InvalidArgument(
+            f"{os.fspath(name)} is no PEM file with a {kind.decode().lower()}; expected -----BEGIN {kind.decode()}-----"
+        )
+    return content
 
 
 @dataclass(frozen=True)

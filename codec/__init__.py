@@ -17,7 +17,7 @@ if __name__ != "hourglass.codec":
     # From the root of a checkout `import codec` finds this folder too, and would make a twin of every class.
     raise ImportError("import hourglass.codec, not codec")
 
-from hourglass.codec import errors, metrics
+from hourglass.codec import errors, metrics, watch
 from hourglass.codec.aim import parse_size
 from hourglass.codec.container import FileSource, Header, Section
 from hourglass.codec.errors import HourglassError
@@ -57,6 +57,7 @@ __all__ = [
     "metrics",
     "parse_size",
     "read_header",
+    "watch",
 ]
 
 

@@ -20,6 +20,7 @@ from typing import BinaryIO, TypeAlias
 
 from hourglass.codec.errors import ContainerError, CorruptError, InvalidArgument, LimitError
 from hourglass.codec.limits import Limits
+from hourglass.codec.watch import hop
 
 MAGIC = b"\x89HGC"
 VERSION = 1
@@ -116,6 +117,7 @@ def is_file(source: object) -> bool:
     return isinstance(source, (bytes, bytearray, memoryview)) and bytes(source[: len(MAGIC)]) == MAGIC
 
 
+@hop("pack")
 def write(front: Front, sections: Sequence[tuple[int, bytes]]) -> bytes:
     """A whole file from its sections, (kind, payload), in the order given."""
     table = [Section(kind, len(data), zlib.crc32(data)) for kind, data in sections]
@@ -134,6 +136,7 @@ class Writer:
         self.length = len(front.pack([Section(CODE, 0, 0)] * count))
         file.seek(self.length)
 
+    @hop("pack")
     def add(self, kind: int, data: bytes) -> None:
         self._table.append(Section(kind, len(data), zlib.crc32(data)))
         self._file.write(data)
@@ -157,6 +160,7 @@ class Reader:
     source: FileSource
     limits: Limits = field(default_factory=Limits)
 
+    @hop("unpack")
     def __post_init__(self) -> None:
         self._file: BinaryIO | None = None
         self._lock = threading.Lock()
@@ -189,6 +193,7 @@ class Reader:
             what = "it was cut short" if self.size < expected else "something was appended"
             raise CorruptError(f"file has {self.size} bytes, its header says {expected}; {what}")
 
+    @hop("unpack")
     def payload(self, number: int) -> memoryview:
         """The bytes of a section, checked. Raises `CorruptError`."""
         section = self.header.sections[number]

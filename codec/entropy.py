@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec.errors import CorruptError
+from hourglass.codec.watch import hop
 
 TOTAL = 1 << 16
 """Sum of the frequencies of every table."""
@@ -77,6 +78,7 @@ class Encoder:
         self._tables = tables
         self._coder = constriction.stream.queue.RangeEncoder()
 
+    @hop("entropy")
     def put(self, symbols: NDArray[np.int16], index: NDArray[np.uint8]) -> None:
         """Code `symbols` (any shape, int16), each with the table that `index` (same shape, uint8) names.
 
@@ -100,6 +102,7 @@ class Encoder:
         if outside:
             _encode_gamma(self._coder, np.concatenate(outside))
 
+    @hop("entropy")
     def finish(self) -> bytes:
         """All that was coded."""
         words: NDArray[np.uint32] = self._coder.get_compressed()
@@ -115,6 +118,7 @@ class Decoder:
         self._tables = tables
         self._coder = constriction.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
 
+    @hop("entropy")
     def get(self, index: NDArray[np.uint8]) -> NDArray[np.int16]:
         """The next symbols, int16 of the shape of `index`."""
         tables = self._tables

@@ -79,7 +79,7 @@ class UnknownModelError(ModelError):
 
 
 class Cancelled(HourglassError):
-    """The event of `Codec.stopped_by` was set before the work was done."""
+    """The event of `watch.watching` was set before the work was done."""
 
 
 class RemoteError(HourglassError):

@@ -45,6 +45,7 @@ from hourglass.codec.reader import (
     pillow_errors,
     quiet,
 )
+from hourglass.codec.watch import Bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -171,7 +172,7 @@ def load(
         reader.choose_frame(1)
         return _from_array(source, limits)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return reader.from_file(io.BytesIO(source))
+        return reader.from_file(Bytes(source))
     if isinstance(source, (str, os.PathLike)):
         with Path(source).open("rb") as file:
             return reader.from_file(file)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hourglass.codec.errors import CorruptError
 from hourglass.codec.reader import quiet
+from hourglass.codec.watch import hop
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,6 +35,7 @@ _WEBP_SIDE = 16383
 _ALPHA = {1: "LA", 3: "RGBA"}
 
 
+@hop("lossless")
 def pack(pixels: NDArray[np.uint8], thorough: bool = False) -> bytes:
     """(H, W) or (H, W, 2 to 4) uint8 -> bytes. thorough: take ten times as long for the last per cent."""
     from PIL import Image
@@ -57,6 +59,7 @@ def pack(pixels: NDArray[np.uint8], thorough: bool = False) -> bytes:
     return min(found, key=len)
 
 
+@hop("lossless")
 def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> NDArray[np.uint8]:
     """Inverse of `pack`. channels: of its colours, 1 or 3; alpha is as the data have it.
 
@@ -94,11 +97,13 @@ class Outlook:
         self._pixels = pixels
 
     @cached_property
+    @hop("lossless")
     def is_nearly_empty(self) -> bool:
         """Whether there is next to nothing to store."""
         height, width = self._pixels.shape[:2]
         return self._deflated < int(height) * int(width) / 40
 
+    @hop("lossless")
     def may_beat(self, size: int) -> bool:
         """Whether `pack` may come to `size` bytes or less."""
         if self.is_nearly_empty or self._deflated < 2 * size:

@@ -25,11 +25,11 @@ from typing import Any, BinaryIO, TypeVar, Unpack, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import container, features, lossless, metrics, runtime
+from hourglass.codec import container, features, lossless, metrics, runtime, watch
 from hourglass.codec.aim import Attempt, aim, parse_size
 from hourglass.codec.container import FileSource, Front, Header, Reader, Writer
 from hourglass.codec.decoding import KINDS, Decoding, as_colour, metadata_of, unstored, whole
-from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LossWarning
+from hourglass.codec.errors import CodeError, InvalidArgument, LossWarning
 from hourglass.codec.image import ImageSource, Metadata, Picture, Pixels, seen
 from hourglass.codec.limits import Limits
 from hourglass.codec.quantise import Analysed, Effort, Symbols, quantise, widen
@@ -130,7 +130,6 @@ class Codec:
         self._zoo = zoo
         self._lock = threading.Lock()
         self._models: dict[tuple[str, int], runtime.Model] = {}
-        self._stop = threading.Event()
         self.model = self._model(model).id
 
     def models(self) -> list[ModelInfo]:
@@ -340,12 +339,6 @@ class Codec:
         other.model = self._model(model).id
         return other
 
-    def stopped_by(self, event: threading.Event) -> Codec:
-        """A codec that shares all that is loaded and raises `Cancelled` before its next tile once `event` is set."""
-        other = copy.copy(self)
-        other._stop = event
-        return other
-
     def warm_up(self) -> None:
         """Load the model and run it once, so that the first picture does not wait for it."""
         side = self._model(self.model).side
@@ -400,14 +393,13 @@ class Codec:
         single = model if len(grid) == 1 else self._model(model.id, 1)
 
         def one(tile: Tile) -> _Result:
-            if self._stop.is_set():
-                raise Cancelled(f"stopped before tile {tile.number} of {len(grid)}: nobody waits for the result")
+            watch.check()
             return work(tile, single)
 
         if len(tiles) == 1 or self._threads == 1:
             return [one(tile) for tile in tiles]
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(one, tiles))
+            return list(pool.map(watch.carried(one), tiles))
 
     def _front(self, quality: float, picture: Picture | Strips) -> Front:
         colour = container.GREY if picture.grey else container.RGB

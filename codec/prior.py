@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from hourglass.codec.errors import ModelError
 from hourglass.codec.runtime import Classic, Hyperprior, Model
+from hourglass.codec.watch import hop
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -57,6 +58,7 @@ Choose: TypeAlias = Callable[[Part], NDArray[np.int16]]
 """The symbols of a part, of the shape of its tables."""
 
 
+@hop("prior")
 def walk(
     model: Model, quality: float, width: int, height: int, index: int, choose: Choose
 ) -> tuple[dict[str, NDArray[np.int16]], NDArray[np.float32]]:

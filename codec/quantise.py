@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from hourglass.codec import entropy, prior
 from hourglass.codec.prior import Part
 from hourglass.codec.runtime import Analysis, Hyperprior, Model
+from hourglass.codec.watch import hop
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -72,6 +73,7 @@ class Symbols:
         return bits
 
 
+@hop("quantisation")
 def quantise(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
     """Gain, prior, rounding. quality: as the file stores it. For a classic model `best` is `default`."""
     if effort == "best" and isinstance(analysed.model, Hyperprior):
@@ -125,6 +127,7 @@ def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, 
     parts: list[tuple[NDArray[np.int16], Part]] = []
     rests = []
 
+    @hop("quantisation")
     def choose(part: Part) -> NDArray[np.int16]:
         wanted = part.of(tensors[part.name])
         if part.name == "l":  # locations are whole as they are, and there are none where the latent is 0

@@ -32,6 +32,7 @@ from hourglass.codec.metadata import (
     reset_xmp,
     tiff_pages,
 )
+from hourglass.codec.watch import check
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -349,6 +350,7 @@ class _Reduction:
 def bands(picture: Image.Image) -> Iterator[Image.Image]:
     rows = max(1, BAND_PIXELS // picture.width)
     for y in range(0, picture.height, rows):
+        check()
         yield picture.crop((0, y, picture.width, min(picture.height, y + rows)))
 
 

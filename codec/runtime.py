@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from hourglass.codec import exactness
 from hourglass.codec.entropy import TOTAL, Tables
 from hourglass.codec.errors import HourglassError, ModelError, UnknownModelError
+from hourglass.codec.watch import hop
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -36,6 +37,9 @@ ZOO = Path(__file__).parent / "zoo"
 """The models that ship with the package."""
 
 DEFAULT_MODEL = "hourglass-3"
+
+# Since 1.29 onnxruntime tells its maker, on Linux too, which models it runs, unless this is set before it loads.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def model_ids(zoo: Path = ZOO) -> list[str]:
@@ -54,6 +58,8 @@ STRIDE = 16
 PADDING = 64
 """Pixels a side that one position of the hyper-latent covers; pictures are padded to multiples of it."""
 
+_HOPS = {"encoder.onnx": "analysis", "prior.onnx": "prior", "gradient.onnx": "quantisation"}
+"""What running a graph is a part of, in `watch.HOPS`; all others make pixels."""
 
 _EXPONENT = 60 * 256
 """Largest magnitude of the exponents of the prior's units, in 1/256 octaves: no product overflows or underflows, and
@@ -237,11 +243,12 @@ class Model:
 
     def _run(self, file: str, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
         session = self._sessions.get(file) or self._open(file)
-        try:
-            results: list[NDArray[Any]] = session.run(None, inputs)
-        except Exception as exc:  # onnxruntime's exceptions share no public base class
-            shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
-            raise HourglassError(f"{file} of model {self.id!r} failed on {shapes}: {exc}") from exc
+        with hop(_HOPS.get(file, "synthesis")):
+            try:
+                results: list[NDArray[Any]] = session.run(None, inputs)
+            except Exception as exc:  # onnxruntime's exceptions share no public base class
+                shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
+                raise HourglassError(f"{file} of model {self.id!r} failed on {shapes}: {exc}") from exc
         return results
 
     def _open(self, file: str) -> ort.InferenceSession:

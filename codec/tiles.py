@@ -19,6 +19,7 @@ from hourglass.codec import entropy, prior, runtime
 from hourglass.codec.errors import CodeError, ContainerError, CorruptError, HourglassError
 from hourglass.codec.prior import Part
 from hourglass.codec.quantise import Symbols, dequantise, narrow, widen
+from hourglass.codec.watch import hop
 
 _HEAD = struct.Struct("<IB")  # CRC-32 of the symbols, width
 
@@ -102,6 +103,7 @@ class Piece:
         return Piece(self.latent[:, skipped:].copy(), self.width, skipped)
 
 
+@hop("synthesis")
 def patch(
     model: runtime.Model,
     quality: float,

@@ -47,6 +47,9 @@ class Config:
     idle_seconds: float = _flag(60.0, "How long a client may take to send or receive the next message.", _SECONDS)
     connection_seconds: float = _flag(600.0, "Age at which a connection is closed, so that load spreads.", _SECONDS)
     grace_seconds: float = _flag(30.0, "After SIGTERM, how long calls in flight may take.", _SECONDS)
+    stall_seconds: float = _flag(
+        30.0, "A process that stands still for so long is killed and replaced; 0: never.", _SECONDS
+    )
     tls_cert: str | None = _flag(None, "Certificate chain in PEM; SIGHUP reads it again.", _FILE)
     tls_key: str | None = _flag(None, "Its private key in PEM.", _FILE)
     tls_client_ca: str | None = _flag(None, "Authorities in PEM; clients must have a certificate of theirs.", _FILE)

@@ -6,9 +6,9 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from hourglass.codec import Codec, Picture, container, image
 from hourglass.codec.errors import Cancelled, CodeError, InvalidArgument, LimitError
 from hourglass.codec.settings import load
+from hourglass.codec.watch import watching
 from hourglass.server.admission import Admission
 from hourglass.server.call import Call, Desk
 from hourglass.server.config import Config
 from hourglass.server.status import refusal_of
-from hourglass.server.telemetry import Record
+from hourglass.server.telemetry import Hop, Record
 from hourglass.v1 import codec_pb2 as pb
 from hourglass.v1 import convert
 
@@ -277,9 +278,9 @@ class CodecServicer:
             )
         began = time.time_ns()
         async with self._admission.slot(cost, math.inf if patient else None) as slot:
-            record.hops.append(("queue", began, time.time_ns()))
+            record.hops.append(Hop("queue", began, time.time_ns()))
             stop = threading.Event()
-            job = partial(work, self._codec.stopped_by(stop), record)
+            job = partial(work, self._codec, record)
             future = asyncio.get_running_loop().run_in_executor(self._works, _unless, stop, job)
             slot.occupy(future)
             try:
@@ -329,7 +330,15 @@ class CodecServicer:
 def _unless(stop: threading.Event, job: Callable[[], _Result]) -> _Result:
     if stop.is_set():
         raise Cancelled("nobody waits for the result; the work was not begun")
-    return job()
+    with watching(stop):
+        return job()
+
+
+@contextmanager
+def _in_codec(record: Record) -> Iterator[None]:
+    """The hop `codec`, with what it consists of."""
+    with watching() as parts, record.hop("codec", parts):
+        yield
 
 
 def _encode(
@@ -342,7 +351,7 @@ def _encode(
     losses, picture = list(picture.losses), replace(picture, losses=())
     wants_file = request.want_file or not request.want_code
     code, file = None, b""
-    with record.hop("codec"):
+    with _in_codec(record):
         if wants_file:
             if request.want_code:
                 settings = {**settings, "fallback": False}
@@ -374,7 +383,7 @@ def _encode(
 def _decode(
     request: pb.DecodeRequest, given: bytes | pb.Code, codec: Codec, record: Record
 ) -> tuple[pb.DecodeResponse, NDArray[np.uint8] | bytes]:
-    with record.hop("codec"):
+    with _in_codec(record):
         if isinstance(given, pb.Code):
             code = convert.code_from_message(given)
             picture = Picture(codec.synthesise(code))
@@ -400,13 +409,13 @@ def _features(
         codec = codec.with_model(request.model)
     if request.WhichOneof("source") == "file":
         assert isinstance(given, bytes)
-        with record.hop("codec"):
+        with _in_codec(record):
             values = codec.features(given)
         return pb.FeaturesResponse(values=values, model=codec.read_header(given).model or codec.model)
     with nullcontext() if isinstance(given, np.ndarray) else record.hop("image"):
         picture = load(given, codec.limits, {})
     codec = codec.suited(picture, {})
-    with record.hop("codec"):
+    with _in_codec(record):
         values = codec.features(replace(picture, losses=()))
     return pb.FeaturesResponse(values=values, model=codec.model, warnings=picture.losses)
 

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import prometheus_client as prometheus
 from prometheus_client import multiprocess
+from prometheus_client.registry import Collector
 
 from hourglass.codec import errors
 from hourglass.codec.runtime import ZOO
 from hourglass.server import worker
 from hourglass.server.config import Config, split_address
+from hourglass.server.heart import Heart
 
 _log = logging.getLogger("hourglass.server")
 
@@ -35,10 +40,18 @@ _PAUSE_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
 _CALM_SECONDS = 60.0
 
 
+_LOOK_SECONDS = 1.0
+"""Between two looks at the workers' hearts, at most."""
+
+_START_SECONDS = 120.0
+"""How long a new worker may take, at least, before it says its first word: the disk with its libraries may be slow."""
+
+
 @dataclass
 class _Worker:
     process: SpawnProcess
     pipe: Connection
+    heart: Heart
     reloads: int
     ready: bool = False
 
@@ -63,7 +76,8 @@ class _Supervisor:
         self._deaths: list[float] = []
         self._next_start = 0.0
         self._announced = False
-        self._reloads = 0
+        self._reloads = self._started = 0
+        self._looked = self._awake = time.monotonic()
 
     def run(self) -> None:
         try:
@@ -80,17 +94,29 @@ class _Supervisor:
     def _start(self) -> None:
         mine, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # gRPC and onnxruntime do not survive a fork
-        process = context.Process(target=worker.run, args=(self._config, str(self._zoo.folder), theirs), name="worker")
-        process.start()
+        self._started += 1
+        path = Path(self._metrics) / f"heart-{self._started}"
+        heart = Heart(path)
+        arguments = self._config, str(self._zoo.folder), theirs, str(path)
+        process = context.Process(target=worker.run, args=arguments, name="worker")
+        # A new process inherits this, and hears signals only when it has handlers for them: before that they would end
+        # it, or make Python print a traceback.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         theirs.close()
-        self._workers.append(_Worker(process, mine, self._reloads))
+        self._workers.append(_Worker(process, mine, heart, self._reloads))
 
     def _turn(self) -> bool:
         """Wait for something to happen and answer to it. Returns whether to go on."""
         missing = self._config.processes - len(self._workers)
-        timeout = max(self._next_start - time.monotonic(), 0.0) if missing else None
+        timeout = self._pause
+        if missing:
+            timeout = min(max(self._next_start - time.monotonic(), 0.0), timeout)
         watched = [one.pipe for one in self._workers if not one.ready] + [one.process.sentinel for one in self._workers]
-        happened = wait([*watched, self._signals], timeout)
+        happened = wait([*watched, self._signals], timeout if timeout < math.inf else None)
         if self._signals in happened:
             number = self._signals.recv_bytes()[0]
             if number != signal.SIGHUP:
@@ -106,7 +132,26 @@ class _Supervisor:
                 self._bury(one)
         if missing and time.monotonic() >= self._next_start:
             self._start()
+        self._feel()
         return True
+
+    @property
+    def _pause(self) -> float:
+        """Longest wait between two looks at the workers' hearts."""
+        limit = self._config.stall_seconds
+        return min(limit / 4, _LOOK_SECONDS) if limit else math.inf
+
+    def _feel(self) -> None:
+        """Kill workers whose event loop stands still; `_bury` replaces them."""
+        now, limit = time.monotonic(), self._config.stall_seconds
+        if now - self._looked > 2 * self._pause:
+            self._awake = now  # this process itself stood still, so all may have: a machine or container was frozen
+        self._looked = now
+        for one in self._workers:
+            still = now - max(one.heart.last, self._awake)
+            if limit and still > (limit if one.ready else max(limit, _START_SECONDS)) and one.process.is_alive():
+                _log.error("worker %d stands still for %.0f s; it is killed", one.process.pid, still)
+                one.process.kill()
 
     def _hear(self, one: _Worker) -> None:
         """A new worker serves, or says why it cannot, or is dead."""
@@ -137,6 +182,7 @@ class _Supervisor:
         one.process.join()
         self._workers.remove(one)
         one.pipe.close()
+        one.heart.close()
         multiprocess.mark_process_dead(one.process.pid, self._metrics)  # type: ignore[no-untyped-call]
         if not self._announced:
             raise errors.HourglassError(
@@ -163,7 +209,7 @@ class _Supervisor:
         _log.info("stopped")
 
     def _send(self, one: _Worker, number: signal.Signals) -> None:
-        # A worker that is not ready has no handlers yet.
+        # A worker that is not ready has no handler yet for SIGHUP, and one that waits for SIGTERM.
         if one.process.pid is not None and one.process.is_alive() and (one.ready or number == signal.SIGTERM):
             os.kill(one.process.pid, number)
 
@@ -244,10 +290,37 @@ def _signals() -> Iterator[Connection]:
             signal.signal(number, handler)
 
 
+class _Sum(Collector):
+    """The workers' metrics, added up. A file that is empty was just made, or its worker was killed as it made it; the
+    library's own collector fails on it, from then on at every scrape.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterable[prometheus.Metric]:
+        files = []
+        for path in self._folder.glob("*.db"):
+            with suppress(FileNotFoundError):  # a gauge of a worker that has died
+                files += [str(path)] if path.stat().st_size else []
+        merged: Iterable[prometheus.Metric] = multiprocess.MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+        return merged
+
+
+class _Errors(io.StringIO):
+    """Where wsgiref prints why a scrape failed: the log."""
+
+    def flush(self) -> None:
+        if text := self.getvalue().strip():
+            self.seek(self.truncate(0))
+            last = text.splitlines()[-1]
+            _log.error("the metrics cannot be told: %s", last, extra={"facts": {"traceback": text}})
+
+
 def _serve_metrics(address: str, folder: str) -> Callable[[], None]:
     """Serve the sum of the workers' metrics; returns what ends that."""
     registry = prometheus.CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+    registry.register(_Sum(Path(folder)))
     host, port = split_address(address, "--metrics-listen")
     try:
         server, thread = prometheus.start_http_server(port, host, registry)
@@ -255,6 +328,8 @@ def _serve_metrics(address: str, folder: str) -> Callable[[], None]:
         raise errors.InvalidArgument(
             f"cannot serve metrics on {address!r}: {exc.strerror}; is the port in use?"
         ) from exc
+    kind: Any = server.RequestHandlerClass
+    server.RequestHandlerClass = type("Handler", (kind,), {"get_stderr": lambda _: _Errors()})
     _log.info("metrics on %s:%d", host, server.server_port)
 
     def close() -> None:

@@ -6,25 +6,38 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, ClassVar
 
 import prometheus_client as prometheus
 
 from hourglass.codec.errors import InvalidArgument
+from hourglass.codec.watch import HOPS
 
 _log = logging.getLogger("hourglass.server")
 
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 60)
 
 
+@dataclass(frozen=True)
+class Hop:
+    """A part of a call: begin and end in ns since 1970; parts: seconds of what goes on inside it, by name."""
+
+    name: str
+    began: int
+    ended: int
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass
 class Record:
-    """One call, filled in as it goes on. hops: name, begin and end in ns since 1970."""
+    """One call, filled in as it goes on."""
 
     method: str
     request_id: str
@@ -39,16 +52,16 @@ class Record:
     pictures: int = 0
     failures: int = 0
     ratios: list[float] = field(default_factory=list)
-    hops: list[tuple[str, int, int]] = field(default_factory=list)
+    hops: list[Hop] = field(default_factory=list)
 
     @contextmanager
-    def hop(self, name: str) -> Iterator[None]:
+    def hop(self, name: str, parts: Mapping[str, float] | None = None) -> Iterator[None]:
         """Time a part of the call: receive, queue, header, image, codec, measure, write or send."""
         began = time.time_ns()
         try:
             yield
         finally:
-            self.hops.append((name, began, time.time_ns()))
+            self.hops.append(Hop(name, began, time.time_ns(), parts or {}))
 
 
 class Telemetry:
@@ -66,7 +79,12 @@ class Telemetry:
             **common,
         )
         self._hops = prometheus.Histogram(
-            "hourglass_hop_seconds", "Parts of calls.", ["method", "hop"], buckets=_SECONDS, **common
+            "hourglass_hop_seconds",
+            "Parts of calls, by the clock: receive, header, queue, image, codec, measure, write, send. "
+            f"Inside codec, for each picture summed over its tiles and threads: {', '.join(HOPS)}.",
+            ["method", "hop"],
+            buckets=_SECONDS,
+            **common,
         )
         self._pictures = prometheus.Counter("hourglass_pictures", "Pictures done.", ["method", "result"], **common)
         self._pixels = prometheus.Counter("hourglass_pixels", "Pixels done.", ["method"], **common)
@@ -102,10 +120,11 @@ class Telemetry:
         ended = time.time_ns()
         self._calls.labels(record.method, record.code).inc()
         self._seconds.labels(record.method).observe((ended - record.began) / 1e9)
-        parts: dict[str, float] = {}
-        for name, began, end in record.hops:
-            self._hops.labels(record.method, name).observe((end - began) / 1e9)
-            parts[name] = parts.get(name, 0.0) + (end - began) / 1e6
+        sums: dict[str, float] = {}
+        for hop in tuple(record.hops):  # work that was given up may still add its own
+            for name, seconds in {hop.name: (hop.ended - hop.began) / 1e9, **hop.parts}.items():
+                self._hops.labels(record.method, name).observe(seconds)
+                sums[name] = sums.get(name, 0.0) + seconds
         for result, count in (("ok", record.pictures), ("failed", record.failures)):
             if count:
                 self._pictures.labels(record.method, result).inc(count)
@@ -114,7 +133,7 @@ class Telemetry:
         self._bytes.labels(record.method, "out").inc(record.bytes_out)
         for ratio in record.ratios:
             self._ratio.observe(ratio)
-        self._log(record, ended, parts)
+        self._log(record, ended, sums)
         if self._tracer is not None:
             self._trace(record, ended)
 
@@ -123,14 +142,14 @@ class Telemetry:
         if self._provider is not None:
             self._provider.shutdown()
 
-    def _log(self, record: Record, ended: int, parts: dict[str, float]) -> None:
+    def _log(self, record: Record, ended: int, sums: dict[str, float]) -> None:
         facts = {
             "method": record.method,
             "code": record.code,
             "request_id": record.request_id,
             "client": record.client,
             "ms": round((ended - record.began) / 1e6, 1),
-            "hops_ms": {name: round(value, 1) for name, value in parts.items()},
+            "hops_ms": {name: round(1000 * seconds, 1) for name, seconds in sums.items()},
             "bytes_in": record.bytes_in,
             "bytes_out": record.bytes_out,
             "pixels": record.pixels,
@@ -138,7 +157,10 @@ class Telemetry:
         _log.info(record.message or "call", extra={"facts": facts})
 
     def _trace(self, record: Record, ended: int) -> None:
-        """A span for the call, below the caller's own where its metadata names one, and one below it for each hop."""
+        """A span for the call, below the caller's own where its metadata names one, and one below it for each hop.
+
+        What takes turns inside a hop is no span but an attribute, its seconds.
+        """
         from opentelemetry import propagate, trace
 
         assert self._tracer is not None
@@ -158,8 +180,9 @@ class Telemetry:
         if record.code not in ("OK", "CANCELLED"):
             span.set_status(trace.StatusCode.ERROR, record.message)
         inside = trace.set_span_in_context(span)
-        for name, began, end in record.hops:
-            self._tracer.start_span(name, context=inside, start_time=began).end(end)
+        for hop in tuple(record.hops):
+            parts = {f"hourglass.{name}_seconds": seconds for name, seconds in hop.parts.items()}
+            self._tracer.start_span(hop.name, context=inside, start_time=hop.began, attributes=parts).end(hop.ended)
         span.end(ended)
 
 
@@ -205,3 +228,15 @@ def set_up_logs(level: str) -> None:
     handler.setFormatter(_Json())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)  # Pillow's, of what it finds in files
+    # What Python itself would print, of threads, destructors and its own end too.
+    sys.excepthook = _log_exception
+    threading.excepthook = lambda args: _log.error(
+        "thread %s failed", args.thread and args.thread.name, exc_info=args.exc_value
+    )
+    sys.unraisablehook = lambda args: _log.error(
+        "%s: %r", args.err_msg or "exception ignored in", args.object, exc_info=args.exc_value
+    )
+
+
+def _log_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _log.critical("the process fails", exc_info=(kind, error, trace))

@@ -24,6 +24,7 @@ from hourglass.codec.runtime import ZOO
 from hourglass.server.admission import Admission, Bounds
 from hourglass.server.call import Desk
 from hourglass.server.config import Config
+from hourglass.server.heart import Heart
 from hourglass.server.security import Tls, TokenInterceptor, Tokens
 from hourglass.server.servicer import SERVICE, CodecServicer
 from hourglass.server.telemetry import Telemetry, set_up_logs
@@ -31,6 +32,7 @@ from hourglass.server.telemetry import Telemetry, set_up_logs
 _log = logging.getLogger(__name__)
 
 _GAUGES_SECONDS = 1.0
+_BEAT_SECONDS = 0.2
 
 _NICE = 2
 """How much the codec's threads stand back for the event loop, so that a full server still refuses at once."""
@@ -188,30 +190,44 @@ def _stand_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def run(config: Config, zoo: str, pipe: Connection) -> None:
+def run(config: Config, zoo: str, pipe: Connection, heart: str) -> None:
     """A worker process: serve until SIGTERM or the supervisor's end, reload at SIGHUP.
 
-    pipe: is told None when the worker serves, or why it cannot.
+    pipe: is told None when the worker serves, or why it cannot. heart: file of a `Heart`, which beats for as long
+    as the event loop goes round.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the supervisor decides
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     set_up_logs(config.log_level)
     sys.setswitchinterval(0.001)  # the event loop waits less for the codec's Python
     try:
-        asyncio.run(_serve(config, Path(zoo), pipe))
+        asyncio.run(_serve(config, Path(zoo), pipe, Heart(Path(heart))))
     except errors.HourglassError as exc:
         pipe.send(exc)
         sys.exit(1)
+    except Exception:  # multiprocessing would print it, not log it
+        _log.critical("the worker fails", exc_info=True)
+        sys.exit(1)
 
 
-async def _serve(config: Config, zoo: Path, pipe: Connection) -> None:
+async def _serve(config: Config, zoo: Path, pipe: Connection, heart: Heart) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    beating = asyncio.create_task(_beat(heart))
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     server = Server(config, shared=True, zoo=zoo)
     await server.start()
     loop.add_signal_handler(signal.SIGHUP, server.reload)
     loop.add_reader(pipe.fileno(), stop.set)  # the supervisor sends nothing: it is gone
-    pipe.send(None)
+    with contextlib.suppress(OSError):  # gone already
+        pipe.send(None)
     await stop.wait()
     loop.remove_reader(pipe.fileno())
     await server.stop()
+    beating.cancel()
+
+
+async def _beat(heart: Heart) -> None:
+    while True:
+        heart.beat()
+        await asyncio.sleep(_BEAT_SECONDS)

@@ -18,7 +18,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from hourglass.client import Client
-from hourglass.codec import Codec, container, errors, image
+from hourglass.codec import Codec, container, image
 from hourglass.codec.runtime import DEFAULT_MODEL
 from hourglass.server.config import Config
 from hourglass.server.worker import Server
@@ -210,13 +210,3 @@ def test_one_client_may_not_take_all(serve: Serve, parrots: Path) -> None:
 def _silent(release: threading.Event) -> Iterator[pb.EncodeStreamRequest]:
     yield _start(pb.Pixels(width=10, height=10), 300)
     release.wait(20)
-
-
-def test_stopped_by(codec: Codec, parrots: Path) -> None:
-    event = threading.Event()
-    view = codec.stopped_by(event)
-    assert view.encode(parrots) == codec.encode(parrots)
-    event.set()
-    with pytest.raises(errors.Cancelled, match="stopped before"):
-        view.encode(parrots)
-    codec.encode(parrots)

@@ -84,6 +84,8 @@ def test_bad_input(name: str, remote: bool, good: bytes, address: str, tmp_path:
         (["-o", "no/such/folder/", "p.png"], "no such folder"),
         (["p.png", "p.jpg"], "p.hgc"),
         (["-o", "p.png", "-f", "p.png"], "is the input itself"),
+        (["--tls", "p.png"], "--tls goes with --server only"),
+        (["--token-file", "p.png", "p.png"], "--token-file goes with --server only"),
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str, parrots: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
 def test_public_names() -> None:
     expected = """Code Codec DEFAULT_QUALITY Distortion Effort FileSource Header HourglassError ImageSource Keep Limits
                   Metadata ModelInfo Picture Pixels Region SCALES Section Settings TensorRule View check_settings decode
-                  encode errors metrics parse_size read_header"""
+                  encode errors metrics parse_size read_header watch"""
     assert set(codec.__all__) == set(expected.split())
     assert all(hasattr(codec, name) for name in codec.__all__)
 
@@ -146,6 +147,18 @@ def test_model_is_what_its_manifest_says(model_id: str) -> None:
     rates = [row["bpp"] for row in manifest["measured"]]
     assert rates == sorted(rates)
     assert manifest["training"]["steps"] > 0
+
+
+def test_nothing_is_told_to_anybody(tmp_path: Path) -> None:
+    """onnxruntime would write an id of this machine below HOME, for its telemetry; where it cannot, it says so."""
+    program = "from hourglass.codec import Codec; Codec().warm_up()"
+    unset = {"CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**environment, "HOME": str(tmp_path)}, capture_output=True, check=True
+    )
+    assert (done.stdout, done.stderr) == (b"", b"")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_model_is_refused(tmp_path: Path) -> None:

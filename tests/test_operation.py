@@ -19,7 +19,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from hourglass.client import Client
-from hourglass.codec import errors
+from hourglass.codec import errors, watch
 from hourglass.server import telemetry
 from hourglass.server.config import Config
 from hourglass.server.worker import Server
@@ -56,7 +56,8 @@ def test_dashboard_shows_metrics_that_there_are() -> None:
     json.loads(dashboard)
     shown = set(re.findall(r"hourglass_[a-z_]+", dashboard))
     families = {family.name for family in telemetry.Telemetry().registry.collect()}
-    assert {re.sub(r"_(total|bucket)$", "", name) for name in shown} == families
+    assert "|".join(watch.HOPS) in dashboard
+    assert {re.sub(r"_(total|bucket|sum)$", "", name) for name in shown} == families
 
 
 def test_check(address: str) -> None:
@@ -76,7 +77,7 @@ class _Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 def test_traces(serve: Serve, parrots: Path) -> None:
-    """A call is a span, below the caller's, with one below it for each part."""
+    """A call is a span, below the caller's, with one below it for each part; what takes turns is told in seconds."""
     collector = _Collector()
     receiver = grpc.server(futures.ThreadPoolExecutor(1))
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, receiver)
@@ -91,6 +92,10 @@ def test_traces(serve: Serve, parrots: Path) -> None:
     (call,) = (span for span in collector.spans if span.name.endswith("/Encode"))
     (part,) = (span for span in collector.spans if span.name == "codec")
     assert part.parent_span_id == call.span_id
+    inside = {attribute.key: attribute.value.double_value for attribute in part.attributes}
+    encoding = ("analysis", "quantisation", "prior", "entropy", "pack", "lossless")
+    assert inside.keys() == {f"hourglass.{name}_seconds" for name in encoding}
+    assert 0 < sum(inside.values()) <= (part.end_time_unix_nano - part.start_time_unix_nano) / 1e9
     assert call.start_time_unix_nano <= part.start_time_unix_nano <= part.end_time_unix_nano <= call.end_time_unix_nano
 
 

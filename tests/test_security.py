@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hourglass.client import AsyncClient, Client, Tls
-from hourglass.codec import errors
+from hourglass.codec import Codec, errors, image
 from hourglass.server.config import Config
 from hourglass.server.worker import Server
 from hourglass.v1 import codec_pb2 as pb
@@ -83,6 +87,64 @@ def test_mutual_tls_and_token(server: Server, files: Files) -> None:
             assert await client.models()
 
     asyncio.run(too())
+
+
+def _command(server: Server, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("compress-image")), "--server", f"localhost:{server.port}"]
+    environment = {**os.environ, **variables}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_command_lets_itself_be_known(
+    server: Server, files: Files, tmp_path: Path, parrots: Path, codec: Codec
+) -> None:
+    """By flags and by variables alike; there and back."""
+    certificate, key = files.client
+    token, out, back = tmp_path / "token", str(tmp_path / "p.hgc"), str(tmp_path / "p.png")
+    token.write_text(f"{TOKEN}\n")
+    flags = ("--ca", files.ca, "--cert", certificate, "--key", key, "--token-file", str(token))
+    done = _command(server, *flags, str(parrots), "-o", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(out).read_bytes() == codec.encode(parrots)
+    names = {"--ca": "CA", "--cert": "CERT", "--key": "KEY", "--token-file": "TOKEN_FILE"}
+    variables = {f"HOURGLASS_CLIENT_{names[flag]}": value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+    done = _command(server, "--server-name", "localhost", "-d", out, "-o", back, **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert np.array_equal(image.read(back), codec.decode(Path(out)))
+    # Without a server the variables do not matter.
+    alone = subprocess.run(
+        [str(Path(sys.executable).with_name("compress-image")), "-fd", out, "-o", back],
+        env={**os.environ, **variables},
+        check=False,
+    )
+    assert alone.returncode == 0
+
+
+def test_the_command_says_what_is_wrong(server: Server, files: Files, tmp_path: Path, parrots: Path) -> None:
+    certificate, key = files.client
+    token, wrong, several = tmp_path / "token", tmp_path / "wrong", tmp_path / "several"
+    token.write_text(TOKEN)
+    wrong.write_text("not-the-token-there-is")
+    several.write_text(f"one:{TOKEN}\ntwo:{TOKEN}\n")
+    pair = ("--cert", certificate, "--key", key)
+    known = ("--ca", files.ca, *pair)
+    for arguments, status, message in (
+        (("--ca", str(tmp_path / "none.pem")), 2, "none.pem' does not exist"),
+        (("--ca", str(token)), 2, "token is no PEM file with a certificate; expected -----BEGIN CERTIFICATE-----"),
+        (("--ca", files.ca, "--cert", certificate), 2, "certificate and its key go together"),
+        (("--ca", files.ca, "--cert", key, "--key", key), 2, "is no PEM file with a certificate"),
+        (("--ca", files.ca, "--cert", certificate, "--key", certificate), 2, "is no PEM file with a private key"),
+        ((*known, "--token-file", str(several)), 2, "several has 2 words; expected one"),
+        ((*known, "--token-file", str(wrong)), 1, "wants a valid token"),
+        (known, 1, "wants a valid token"),
+        (("--tls", *pair, "--token-file", str(token)), 1, "CERTIFICATE_VERIFY_FAILED"),
+    ):
+        done = _command(server, *arguments, str(parrots), "-o", str(tmp_path / "out.hgc"))
+        assert done.returncode == status, arguments
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert TOKEN not in done.stderr
+    assert not (tmp_path / "out.hgc").exists()
 
 
 def test_strangers_are_refused(server: Server, files: Files) -> None:

@@ -28,11 +28,9 @@ import numpy as np
 from PIL import Image
 
 from hourglass.codec import Codec, image
-from hourglass.codec.container import Reader
-from hourglass.codec.decoding import whole
 from hourglass.codec.image import list_pictures
 from hourglass.codec.runtime import DEFAULT_MODEL
-from hourglass.codec.tiles import Grid
+from hourglass.codec.watch import watching
 
 SIZES = {"768x512": (768, 512), "2 MP": (1632, 1224), "12 MP": (4000, 3000)}
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
@@ -102,27 +100,27 @@ def measure(source: Path, folder: Path, repeat: int) -> dict[str, Any]:
 
 
 def hops(codec: Codec, source: Path, file: Path, repeat: int) -> dict[str, float]:
-    """Median seconds of each part of encode and decode, and of smaller pictures beside reducing the whole one."""
+    """Median seconds of each hop of encode and decode, summed over the cores, and of what lies around them: reading and
+    writing the picture, and smaller pictures beside reducing the whole one.
+    """
     picture, data = image.load(source), file.read_bytes()
-    model = codec._model(codec.model)
-    grid = Grid(picture.width, picture.height, model.side)
-    requantised = codec._requantiser(picture)
-    with Reader(data) as reader:
-        decoding = codec._decoding(reader)
-        tiles = grid.tiles()
-        pieces = dict(enumerate(codec._each(model, grid, tiles, decoding._piece)))
-        size = picture.width // 8, picture.height // 8
-        parts: dict[str, Callable[[], object]] = {
-            "read the picture": lambda: image.load(source),
-            "analysis": lambda: codec._transformed(picture, grid),
-            "prior, quantisation, entropy coding": lambda: requantised(50, "default"),
-            "entropy decoding and prior": lambda: codec._each(model, grid, tiles, decoding._piece),
-            "synthesis": lambda: decoding._band(pieces, tiles, whole(reader.header), 1),
-            "write the picture": lambda: image.write(picture, "PPM"),
-            "decode at 1/8": lambda: codec.decode(data, scale=8),
-            "decode and reduce to 1/8": lambda: Image.fromarray(codec.decode(data)).resize(size, Image.Resampling.BOX),
-        }
-        return {name: statistics.median(seconds(call) for _ in range(repeat)) for name, call in parts.items()}
+    size = picture.width // 8, picture.height // 8
+    around: dict[str, Callable[[], object]] = {
+        "read the picture": lambda: image.load(source),
+        "write the picture": lambda: image.write(picture, "PPM"),
+        "decode at 1/8": lambda: codec.decode(data, scale=8),
+        "decode and reduce to 1/8": lambda: Image.fromarray(codec.decode(data)).resize(size, Image.Resampling.BOX),
+    }
+    taken: dict[str, list[float]] = {}
+    for _ in range(repeat):
+        for way, call in (("encode", lambda: codec.encode(picture)), ("decode", lambda: codec.decode(data))):
+            with watching() as parts:
+                call()
+            for name, took in parts.items():
+                taken.setdefault(f"{way}: {name}", []).append(took)
+        for name, work in around.items():
+            taken.setdefault(name, []).append(seconds(work))
+    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def command(arguments: list[str | Path]) -> tuple[float, float]:

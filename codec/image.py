@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec.errors import InvalidArgument, LossWarning
+from hourglass.codec.formats import FORMATS, WRITABLE, check_format
 from hourglass.codec.limits import Limits
 from hourglass.codec.metadata import KINDS, Keep, Metadata, Picture, Pixels, drop_orientation, reset_exif
 from hourglass.codec.reader import (
@@ -72,20 +73,6 @@ __all__ = [
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8]"
 """A path, the bytes of an image file, a PIL image, or an array (H, W) or (H, W, 1 to 4) uint8."""
 
-WRITABLE = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".avif": "AVIF",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".ppm": "PPM",
-    ".pgm": "PPM",
-    ".bmp": "BMP",
-}
-"""File name suffix -> Pillow format, for pictures written. A grey picture is a PGM whatever the suffix."""
-
 SUFFIXES = (*WRITABLE, ".gif")
 """Suffixes of the files that are taken for pictures when a folder is searched."""
 
@@ -93,21 +80,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
     "AVIF": {"quality": 95, "subsampling": "4:4:4"},
-}
-HOLDS = {
-    "PNG": {"alpha", "icc", "exif", "xmp"},
-    "JPEG": {"icc", "exif", "xmp", "iptc"},
-    "WEBP": {"alpha", "icc", "exif", "xmp"},
-    "AVIF": {"alpha", "icc", "exif", "xmp"},
-    "TIFF": {"alpha", "icc", "exif", "xmp", "iptc"},
-    "PPM": set[str](),
-    "BMP": set[str](),
-}
-
-_JPEG_SEGMENT = 65535 - 2
-_ROOM = {
-    "JPEG": {"exif": _JPEG_SEGMENT - 6, "xmp": _JPEG_SEGMENT - 29, "iptc": _JPEG_SEGMENT - 28, "icc": 255 * 65519},
-    "PNG": {"icc": 1 << 20},  # Pillow reads no more
 }
 
 
@@ -233,16 +205,15 @@ def save(picture: Picture | Pixels, format: str) -> tuple[bytes, list[str]]:
     """What `write` does, with the losses as a list: warnings are no way to pass them on from a thread."""
     from PIL import Image
 
-    if format not in HOLDS:
-        raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(HOLDS))}")
     if not isinstance(picture, Picture):
         picture = _from_array(picture, Limits(pixels=1 << 62))
+    check_format(format, picture.width, picture.height)
     if picture.grey and picture.metadata.icc and (format == "WEBP" or (format == "AVIF" and picture.alpha is not None)):
         picture = _grey_in_srgb(picture)  # it is written as RGB, which a grey profile does not fit
     with quiet():
         metadata, losses = _fitting(picture.metadata, format)
     pixels = picture.pixels
-    if picture.alpha is not None and "alpha" not in HOLDS[format]:
+    if picture.alpha is not None and "alpha" not in FORMATS[format].holds:
         losses.append(f"{format} holds no transparency; it is put on white")
         pixels = on_white(picture.colour, picture.alpha)
     out = io.BytesIO()
@@ -277,9 +248,9 @@ def _fitting(metadata: Metadata, format: str) -> tuple[Metadata, list[str]]:
         content: bytes = getattr(metadata, kind)
         if not content:
             continue
-        if kind not in HOLDS[format]:
+        if kind not in FORMATS[format].holds:
             losses.append(f"{format} holds no {label}; {len(content)} bytes are dropped")
-        elif len(content) > (room := _ROOM.get(format, {}).get(kind, len(content))):
+        elif len(content) > (room := FORMATS[format].room.get(kind, len(content))):
             losses.append(f"{format} holds {room} bytes of {label}; {len(content)} bytes are dropped")
         else:
             kept[kind] = content

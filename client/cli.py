@@ -365,6 +365,7 @@ def _decode_streamed(coder: codec.Codec, name: str, target: str, format: str) ->
         with strips.StripWriter(file, format, header.width, header.height, grey, metadata) as writer:
             for part in parts:
                 put(writer, part)
+                del part  # the next one would be made beside it
 
 
 def _is_streamed(coder: Coder, options: Options, name: str, target: str, format: str) -> bool:

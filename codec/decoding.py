@@ -121,6 +121,7 @@ class Decoding:
             self._forget(pieces, rows, range(columns.stop - 1, more_columns.stop))
             done = upto
             yield out
+            del out  # the next one would be made beside it
 
     def parts(self, region: Region, scale: int) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
         """`strips` of windows of the region's columns, each with its place x, y among what the region becomes."""
@@ -133,6 +134,7 @@ class Decoding:
             for strip in self.strips((x0, y, x1 - x0, height), scale):
                 yield x0 // scale - left, down, strip
                 down += len(strip)
+                del strip
 
     def _colour(self, region: Region, scale: int) -> NDArray[np.uint8]:
         left, top, right, bottom = scaled(region, scale)
@@ -218,7 +220,7 @@ class Decoding:
 
 def unstored(reader: Reader, region: Region, scale: int) -> Picture:
     """A region of a picture that is stored losslessly, divided by `scale`. Raises `CorruptError`, `LimitError`."""
-    header = reader.header
+    header, metadata = reader.header, metadata_of(reader)
     reader.limits.check_size(header.width, header.height)
     (number,) = header.numbers(container.LOSSLESS)
     pixels = lossless.unpack(reader.payload(number), header.width, header.height, header.colour)
@@ -228,7 +230,7 @@ def unstored(reader: Reader, region: Region, scale: int) -> Picture:
     opaque = pixels.ndim == 2 or pixels.shape[2] == 3
     colour = pixels if opaque else pixels[..., 0] if pixels.shape[2] == 2 else pixels[..., :3]
     alpha = None if opaque else np.ascontiguousarray(pixels[..., -1])
-    return Picture(np.ascontiguousarray(colour), alpha, metadata_of(reader))
+    return Picture(np.ascontiguousarray(colour), alpha, metadata)
 
 
 def metadata_of(reader: Reader, holes: list[str] | None = None) -> Metadata:

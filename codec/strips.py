@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hourglass.codec import vips
 from hourglass.codec.errors import ImageError, InvalidArgument, LossWarning
 from hourglass.codec.formats import FORMATS, STRIP_WRITABLE, check_format
 from hourglass.codec.limits import Limits
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 _PNM = re.compile(rb"P([56])((?:\s+|#[^\r\n]*[\r\n])+)(\d{1,9})((?:\s+|#[^\r\n]*[\r\n])+)(\d{1,9})"
                   rb"((?:\s+|#[^\r\n]*[\r\n])+)255\s")  # fmt: skip
 _CHUNK = 1 << 20
-_FEW = 16
-"""Rows that libvips is asked for at once: it keeps several times as many in memory."""
 
 
 class Strips:
@@ -162,12 +161,6 @@ def _parts(
 
 def _open_other(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: Keep) -> Strips | None:
     """Of a TIFF that is not compressed the samples are read as they lie; of all others libvips makes rows."""
-    try:
-        import pyvips
-    except (ImportError, OSError):  # OSError: pyvips without its library
-        pyvips = None
-        if head[:4] not in TIFF_MAGIC:
-            return None
     reader = Reader(name, limits, keep, keep == "none", None)
     with pillow_errors(name):
         opened = _header(file, head, reader)
@@ -195,31 +188,10 @@ def _open_other(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: K
             return converted(raw(x, y, width, height).reshape(height, width, samples))
 
         return Strips(width, height, grey, lambda y, count: part(0, y, width, count), file.close, *beside, part)
-    if pyvips is None:
+    rows = vips.open_rows(name, name, (width, height), 1 if grey else 3)
+    if rows is None:
         return None
-    try:
-        picture = pyvips.Image.new_from_file(name, access="sequential", fail_on="error", revalidate=True)
-        if (picture.width, picture.height, picture.bands, picture.format) != (width, height, 1 if grey else 3, "uchar"):
-            return None
-        region = pyvips.Region.new(picture)
-    except pyvips.Error:  # a kind of file that only Pillow reads, or none
-        return None
-
-    def fetch(y: int, count: int) -> NDArray[np.uint8]:
-        part = np.empty((count, width, 1 if grey else 3), np.uint8)
-        try:
-            for at in range(0, count, _FEW):
-                few = min(_FEW, count - at)
-                part[at : at + few].reshape(-1)[:] = np.frombuffer(region.fetch(0, y + at, width, few), np.uint8)
-        except pyvips.Error as exc:
-            raise ImageError(f"{name} cannot be decoded as a picture: {_reason(exc)}") from exc
-        return converted(part)
-
-    def close() -> None:
-        nonlocal region, picture
-        region = picture = None
-
-    return Strips(width, height, grey, fetch, close, *beside)
+    return Strips(width, height, grey, lambda y, count: converted(rows(y, count)), lambda: None, *beside)
 
 
 def _tiff_rows(opened: Any, file: IO[bytes]) -> Callable[[int], int] | None:
@@ -236,10 +208,6 @@ def _tiff_rows(opened: Any, file: IO[bytes]) -> Callable[[int], int] | None:
     if max(int(strips[:-1].max(initial=0)) + rows * line, int(strips[-1]) + last * line) > file.seek(0, os.SEEK_END):
         return None
     return lambda y: int(strips[y // rows]) + y % rows * line
-
-
-def _reason(exc: Exception) -> str:
-    return " ".join(str(exc).split())
 
 
 def _through(transform: Callable[[Image.Image], Image.Image], part: NDArray[np.uint8], grey: bool) -> NDArray[np.uint8]:

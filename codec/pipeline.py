@@ -399,7 +399,7 @@ class Codec:
     def _encode(self, picture: Picture, source: int | None, settings: Settings) -> bytes:
         """source: bytes of the file that the picture came from, for a target in per cent of it."""
         thorough = settings.get("effort") == "best"
-        outlook = lossless.Outlook(picture.pixels) if settings.get("fallback", True) else None
+        outlook = lossless.Outlook(picture.colour, picture.alpha) if settings.get("fallback", True) else None
         stored = cache(lambda: _stored(picture, thorough))
         limit = self._limit(picture, source, settings)
         next_to_nothing = min(_LEAST_TILE * len(self._grid(picture)), limit or math.inf)
@@ -603,7 +603,7 @@ def _metadata_sections(metadata: Metadata) -> list[tuple[int, bytes]]:
 def _stored(picture: Picture, thorough: bool) -> bytes:
     """The file of a picture without any loss."""
     colour = container.GREY if picture.grey else container.RGB
-    payload = lossless.pack(picture.pixels, thorough)
+    payload = lossless.pack(picture.colour, picture.alpha, thorough)
     sections = [*_metadata_sections(picture.metadata), (container.LOSSLESS, payload)]
     return container.write(Front("", colour, picture.width, picture.height, 100), sections)
 

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec.errors import InvalidArgument, LossWarning
-from hourglass.codec.formats import FORMATS, WRITABLE, check_format
+from hourglass.codec.formats import FORMATS, STRIP_WRITABLE, WRITABLE, check_format
 from hourglass.codec.limits import Limits
 from hourglass.codec.metadata import KINDS, Keep, Metadata, Picture, Pixels, drop_orientation, reset_exif
 from hourglass.codec.reader import (
@@ -46,6 +46,7 @@ from hourglass.codec.reader import (
     pillow_errors,
     quiet,
 )
+from hourglass.codec.strips import StripWriter
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,6 +76,9 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryvie
 
 SUFFIXES = (*WRITABLE, ".gif")
 """Suffixes of the files that are taken for pictures when a folder is searched."""
+
+_LARGE = 1 << 24
+"""Pixels above which PNG, TIFF and PPM are written by rows."""
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -216,6 +220,9 @@ def save(picture: Picture | Pixels, format: str) -> tuple[bytes, list[str]]:
     if picture.alpha is not None and "alpha" not in FORMATS[format].holds:
         losses.append(f"{format} holds no transparency; it is put on white")
         pixels = on_white(picture.colour, picture.alpha)
+    large = picture.width * picture.height > _LARGE and format in STRIP_WRITABLE
+    if large and (written := _by_rows(pixels, metadata, format)) is not None:
+        return written, losses
     out = io.BytesIO()
     try:
         with quiet():
@@ -227,6 +234,17 @@ def save(picture: Picture | Pixels, format: str) -> tuple[bytes, list[str]]:
         size = f"{picture.width}x{picture.height}"
         raise InvalidArgument(f"a picture of {size} pixels cannot be written as {format}: {exc}") from exc
     return out.getvalue(), losses
+
+
+def _by_rows(pixels: Pixels, metadata: Metadata, format: str) -> bytes | None:
+    """A large picture without alpha: by rows it takes less time and memory; None where that would lose metadata."""
+    holds = FORMATS[format].by_rows or frozenset()
+    if pixels.shape[2:] not in ((), (3,)) or any(getattr(metadata, kind) for kind in {*KINDS} - holds):
+        return None
+    out = io.BytesIO()
+    with StripWriter(out, format, pixels.shape[1], pixels.shape[0], pixels.ndim == 2, metadata) as writer:
+        writer.write(pixels)
+    return out.getvalue()
 
 
 def _grey_in_srgb(picture: Picture) -> Picture:

@@ -46,7 +46,8 @@ def pack(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None, thor
     parts = (colour,) if alpha is None else (colour, alpha)
     # Some rows at a time: most pictures are found not to be flat at once, and flat ones cost no memory.
     tops = range(0, height, _STRIP)
-    if all((part[top : top + _STRIP] == part[:1, :1]).all() for part in parts for top in tops):
+    first = all((part[0] == part[0, 0]).all() for part in parts)
+    if first and all((part[top : top + _STRIP] == part[0]).all() for part in parts for top in tops):
         return b"".join(part[:1, :1].tobytes() for part in parts)
     picture = _pillow(colour, alpha)
     found = []
@@ -73,7 +74,9 @@ def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> 
     if len(data) in (channels, channels + 1):
         flat = np.frombuffer(data, np.uint8)
         shape = (height, width) if len(data) == 1 else (height, width, len(data))
-        return np.broadcast_to(flat[0] if len(data) == 1 else flat, shape)
+        row = np.empty(shape[1:], np.uint8)
+        row[:] = flat[0] if len(data) == 1 else flat
+        return np.broadcast_to(row, shape)  # a whole row: what is copied from it is copied fast
     try:
         with quiet(), Image.open(io.BytesIO(data), formats=("WEBP", "PNG")) as opened:
             if opened.size != (width, height) or getattr(opened, "n_frames", 1) != 1:

@@ -19,6 +19,7 @@ import click
 from hourglass import codec
 from hourglass.codec import container, errors, image, metrics, strips
 from hourglass.codec.decoding import KINDS
+from hourglass.codec.formats import FORMATS, STRIP_WRITABLE
 from hourglass.codec.runtime import DEFAULT_MODEL, model_ids, open_model
 from hourglass.codec.settings import is_aimed, load
 
@@ -410,13 +411,7 @@ def _decode(coder: Coder, options: Options, name: str, target: str) -> Report:
     format = _picture_format(target)
     if _is_streamed(coder, options, name, target, format):
         assert isinstance(coder, codec.Codec)
-        header, metadata, rows = coder.decode_strips(name)
-        with _whole(target) as file:
-            grey = header.colour == container.GREY
-            writer = strips.StripWriter(file, format, header.width, header.height, grey, metadata)
-            for strip in rows:
-                writer.write(strip)
-            writer.close()
+        _decode_streamed(coder, name, target, format)
         sizes = Path(name).stat().st_size, Path(target).stat().st_size
         return _report(name, target, name, sizes, (None, None), time.perf_counter() - started)
     data = _read(name)
@@ -428,11 +423,27 @@ def _decode(coder: Coder, options: Options, name: str, target: str) -> Report:
     return replace(report, damage=list(decoded.losses))
 
 
+def _decode_streamed(coder: codec.Codec, name: str, target: str, format: str) -> None:
+    put: Callable[[strips.StripWriter, Any], None]
+    made: tuple[container.Header, codec.Metadata, Iterator[Any]]
+    if FORMATS[format].by_parts:
+        made, put = coder.decode_parts(name), lambda writer, part: writer.put(*part)
+    else:
+        made, put = coder.decode_strips(name), lambda writer, rows: writer.write(rows)
+    header, metadata, parts = made
+    with _whole(target) as file:
+        grey = header.colour == container.GREY
+        with strips.StripWriter(file, format, header.width, header.height, grey, metadata) as writer:
+            for part in parts:
+                put(writer, part)
+                del part  # the next one would be made beside it
+
+
 def _is_streamed(coder: Coder, options: Options, name: str, target: str, format: str) -> bool:
     """Whether a file is decoded a few rows at a time, because it is large and all that it asks for can be done so."""
     if not isinstance(coder, codec.Codec) or STREAM in (name, target) or options.view:
         return False
-    if format not in strips.STRIP_WRITABLE:
+    if format not in STRIP_WRITABLE:
         return False
     header = container.read_header(name, coder.limits)
     plain = not header.lossless and not header.numbers(container.ALPHA)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec import container, lossless, runtime
+from hourglass.codec.bands import WINDOW
 from hourglass.codec.container import Header, Reader
 from hourglass.codec.errors import ContainerError, CorruptError
 from hourglass.codec.image import Metadata, Picture
@@ -23,8 +24,8 @@ _Result = TypeVar("_Result")
 _WIDE = 32
 """Tiles across from which on memory counts for more than a per cent of time."""
 
-_WINDOW = 64
-"""Tiles across that are decoded at a time: rows of a very wide picture would take too much memory."""
+_FEW = 16
+"""Tiles across, at least, that are synthesised at a time: what lies above those to come need not be held meanwhile."""
 
 KINDS = {"icc": container.ICC, "exif": container.EXIF, "xmp": container.XMP, "iptc": container.IPTC}
 """Field of `Metadata` -> kind of section."""
@@ -76,9 +77,22 @@ class Decoding:
 
     def picture(self, region: Region, scale: int) -> Picture:
         """A region of the picture, divided by `scale`, with alpha and metadata."""
-        colour, alpha = self._colour(region, scale), self._alpha(region, scale)
+        # What is quickly checked comes first: damage is found at once.
         metadata = metadata_of(self._reader, self.holes if self._salvage else None)
+        colour, alpha = self._colour(region, scale), self._alpha(region, scale)
         return Picture(colour, alpha, metadata, tuple(self.holes))
+
+    @property
+    def band_bytes(self) -> int:
+        """What `strips` holds at a time of the whole picture, of pixels and latents, at most."""
+        grid = self.grid
+        size = max(1, -(-self._at_once // grid.across))
+        rows = min(size * grid.tile_height, grid.height)
+        pixels = rows * grid.width * (1 if self.grey else 3)
+        if grid.down <= size:
+            return pixels
+        positions = size * grid.tile_height * grid.width // runtime.STRIDE**2
+        return pixels + positions * self.model.latent.channels * np.dtype(np.int16).itemsize
 
     def strips(self, region: Region, scale: int) -> Iterator[NDArray[np.uint8]]:
         """The colours of a region, divided by `scale`, from top to bottom, a band of tiles at a time."""
@@ -89,32 +103,51 @@ class Decoding:
         columns = _stretch(x, width, 0, grid.tile_width, grid.width)
         more_columns = _stretch(x, width, margin, grid.tile_width, grid.width)
         size = max(1, -(-self._at_once // len(more_columns)))
+        # A band is made from left to right. Above and left of where that stands no latents are held; of the next band,
+        # which the filters look at, the first row of tiles is.
+        few = max(_FEW, 2 * self._at_once) if size == 1 else len(columns)
         pieces: dict[int, Piece] = {}
-        read = needed.start
+        done = needed.start  # rows of tiles above here are decoded
         for first in wanted[::size]:
             rows = range(first, min(first + size, wanted.stop))
             upto = min(rows.stop + 1, needed.stop)
-            tiles = grid.tiles(range(read, upto), more_columns)
-            found = self._each(self.model, grid, tiles, self._piece)
-            pieces |= {tile.number: piece for tile, piece in zip(tiles, found, strict=True) if piece is not None}
-            read = upto
-            tall = grid.tile_height
-            begin, end = max(y, rows.start * tall), min(y + height, rows.stop * tall)
-            yield self._band(pieces, grid.tiles(rows, columns), (x, begin, width, end - begin), scale)
-            self._forget(pieces, rows)
+            begin, end = max(y, rows.start * grid.tile_height), min(y + height, rows.stop * grid.tile_height)
+            left, top, right, bottom = scaled((x, begin, width, end - begin), scale)
+            out = np.empty((bottom - top, right - left, *(() if self.grey else (3,))), np.uint8)
+            upon = more_columns.start
+            for at in columns[::few]:
+                part = range(at, min(at + few, columns.stop))
+                decoded = range(upon, min(part.stop + 1, more_columns.stop))
+                upon = decoded.stop
+                tiles = grid.tiles(range(done, upto), decoded)
+                found = self._each(self.model, grid, tiles, self._piece)
+                pieces |= {tile.number: piece for tile, piece in zip(tiles, found, strict=True) if piece is not None}
+                self._synthesise(pieces, grid.tiles(rows, part), (x, begin, width, end - begin), scale, out)
+                self._forget(pieces, rows, range(max(part.start - 1, 0), part.stop - 1))
+            self._forget(pieces, rows, range(columns.stop - 1, more_columns.stop))
+            done = upto
+            yield out
+            del out  # the next one would be made beside it
+
+    def parts(self, region: Region, scale: int) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
+        """`strips` of windows of the region's columns, each with its place x, y among what the region becomes."""
+        left = scaled(region, scale)[0]
+        x, y, width, height = region
+        step = WINDOW * self.grid.tile_width
+        for begin in range(x // step * step, x + width, step):
+            x0, x1 = max(x, begin), min(x + width, begin + step)
+            down = 0
+            for strip in self.strips((x0, y, x1 - x0, height), scale):
+                yield x0 // scale - left, down, strip
+                down += len(strip)
+                del strip
 
     def _colour(self, region: Region, scale: int) -> NDArray[np.uint8]:
         left, top, right, bottom = scaled(region, scale)
         shape = (bottom - top, right - left)
         out = np.empty(shape if self.grey else (*shape, 3), np.uint8)
-        x, y, width, height = region
-        step = _WINDOW * self.grid.tile_width
-        for begin in range(x // step * step, x + width, step):
-            x0, x1 = max(x, begin), min(x + width, begin + step)
-            into, filled = out[:, x0 // scale - left : -(-x1 // scale) - left], 0
-            for strip in self.strips((x0, y, x1 - x0, height), scale):
-                into[filled : filled + len(strip)] = strip
-                filled += len(strip)
+        for x, y, part in self.parts(region, scale):
+            out[y : y + part.shape[0], x : x + part.shape[1]] = part
         return out
 
     def _piece(self, tile: Tile, own: runtime.Model) -> Piece | None:
@@ -132,11 +165,12 @@ class Decoding:
             raise error
         self.holes.append(f"{what}, {tile.width}x{tile.height} pixels at {tile.x},{tile.y}, is lost: {error}")
 
-    def _band(self, pieces: dict[int, Piece], tiles: list[Tile], region: Region, scale: int) -> NDArray[np.uint8]:
-        """A region that lies within `tiles`; only the positions that it depends on are synthesised."""
-        left, top, right, bottom = scaled(region, scale)
-        shape = (bottom - top, right - left)
-        out = np.empty(shape if self.grey else (*shape, 3), np.uint8)
+    def _synthesise(
+        self, pieces: dict[int, Piece], tiles: list[Tile], region: Region, scale: int, out: NDArray[np.uint8]
+    ) -> None:
+        """Write what of a region lies in `tiles` to `out`, which is all of the region; only the positions that it
+        depends on are synthesised."""
+        left, top, _, _ = scaled(region, scale)
 
         def synthesise(tile: Tile, own: runtime.Model) -> None:
             x, y, width, height = _common(region, tile)
@@ -153,13 +187,12 @@ class Decoding:
             into[:] = as_colour(pixels[y0 : y0 + into.shape[0], x0 : x0 + into.shape[1]], self.grey)
 
         self._each(self.model, self.grid, tiles, synthesise)
-        return out
 
-    def _forget(self, pieces: dict[int, Piece], rows: range) -> None:
-        """Drop what the rows of tiles behind `rows` do not need: all but the lower edge of the last."""
-        for tile in self.grid.tiles(range(max(rows.start - 1, 0), rows.stop - 1)):
+    def _forget(self, pieces: dict[int, Piece], rows: range, columns: range) -> None:
+        """Drop what the rows of tiles behind `rows` do not need of some columns: all but the lower edge of the last."""
+        for tile in self.grid.tiles(range(max(rows.start - 1, 0), rows.stop - 1), columns):
             pieces.pop(tile.number, None)
-        for tile in self.grid.tiles([rows.stop - 1]):
+        for tile in self.grid.tiles([rows.stop - 1], columns):
             if tile.number in pieces:
                 pieces[tile.number] = pieces[tile.number].bottom(self.model.halo)
 
@@ -193,7 +226,7 @@ class Decoding:
 
 def unstored(reader: Reader, region: Region, scale: int) -> Picture:
     """A region of a picture that is stored losslessly, divided by `scale`. Raises `CorruptError`, `LimitError`."""
-    header = reader.header
+    header, metadata = reader.header, metadata_of(reader)
     reader.limits.check_size(header.width, header.height)
     (number,) = header.numbers(container.LOSSLESS)
     pixels = lossless.unpack(reader.payload(number), header.width, header.height, header.colour)
@@ -204,7 +237,7 @@ def unstored(reader: Reader, region: Region, scale: int) -> Picture:
     opaque = pixels.ndim == 2 or pixels.shape[2] == 3
     colour = pixels if opaque else pixels[..., 0] if pixels.shape[2] == 2 else pixels[..., :3]
     alpha = None if opaque else np.ascontiguousarray(pixels[..., -1])
-    return Picture(np.ascontiguousarray(colour), alpha, metadata_of(reader))
+    return Picture(np.ascontiguousarray(colour), alpha, metadata)
 
 
 def metadata_of(reader: Reader, holes: list[str] | None = None) -> Metadata:

@@ -15,6 +15,8 @@ class Limits:
     """Width times height of a picture that is held in memory: 67 million."""
     streamed_pixels: int = 1 << 34
     """The same for one that goes from file to file a few rows at a time: 17 thousand million."""
+    band_bytes: int = 1 << 28
+    """Memory for rows of the whole width, of one that goes to or from a file that is read and written row by row."""
     side: int = 1 << 24
     """Width or height in pixels."""
     file_bytes: int = 1 << 34
@@ -46,6 +48,15 @@ class Limits:
             raise LimitError(
                 f"picture is {width}x{height} = {width * height} pixels; the limit is {self.streamed_pixels} "
                 "(Limits.streamed_pixels)"
+            )
+
+    def check_band(self, width: int, height: int, count: int) -> None:
+        """Raise `LimitError` when the rows of a picture that have to be held at a time take too many bytes."""
+        if count > self.band_bytes:
+            raise LimitError(
+                f"picture is {width}x{height} pixels; of a file that is read or written row by row {count} bytes would "
+                f"be held at a time, the limit is {self.band_bytes} (Limits.band_bytes); take PPM or uncompressed "
+                "TIFF, which can be of any width"
             )
 
     def check_tiles(self, count: int) -> None:

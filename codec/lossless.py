@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hourglass.codec import vips
 from hourglass.codec.errors import CorruptError
-from hourglass.codec.reader import quiet
+from hourglass.codec.reader import BAND_PIXELS, bands, quiet
 from hourglass.codec.watch import hop
 
 if TYPE_CHECKING:
@@ -32,30 +33,36 @@ _SMALL = 1 << 16
 
 _WEBP_SIDE = 16383
 
+LARGE = 1 << 24
+"""Pixels above which PNG is taken: to make a lossless WebP takes 12 to 30 bytes of memory a pixel."""
+
 _ALPHA = {1: "LA", 3: "RGBA"}
 
 
 @hop("lossless")
-def pack(pixels: NDArray[np.uint8], thorough: bool = False) -> bytes:
-    """(H, W) or (H, W, 2 to 4) uint8 -> bytes. thorough: take ten times as long for the last per cent."""
+def pack(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None, thorough: bool = False) -> bytes:
+    """(H, W) or (H, W, 3) uint8, and (H, W) uint8 -> bytes. thorough: take ten times as long for the last per cent."""
     from PIL import Image
 
-    height, width = pixels.shape[:2]
-    first = pixels[:1, :1]
+    height, width = colour.shape[:2]
+    parts = (colour,) if alpha is None else (colour, alpha)
     # Some rows at a time: most pictures are found not to be flat at once, and flat ones cost no memory.
-    if all((pixels[top : top + _STRIP] == first).all() for top in range(0, height, _STRIP)):
-        return first.tobytes()
-    picture = Image.fromarray(pixels)
+    tops = range(0, height, _STRIP)
+    first = all((part[0] == part[0, 0]).all() for part in parts)
+    if first and all((part[top : top + _STRIP] == part[0]).all() for part in parts for top in tops):
+        return b"".join(part[:1, :1].tobytes() for part in parts)
+    picture = _pillow(colour, alpha)
     found = []
-    if max(height, width) <= _WEBP_SIDE:
+    if max(height, width) <= _WEBP_SIDE and height * width <= LARGE:
         method, quality = (6, 100) if thorough else (4, 80)
         found.append(_saved(picture, "WEBP", lossless=True, exact=True, method=method, quality=quality))
     if not found or height * width <= _SMALL:
-        found.append(_saved(picture, "PNG", optimize=True))
         if picture.mode in ("L", "RGB") and (colours := picture.getcolors(256)):
             few = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=len(colours))
-            if np.array_equal(np.asarray(few.convert(picture.mode)), pixels):
+            parted = zip(bands(few), bands(picture), strict=True)
+            if all(part.convert(picture.mode).tobytes() == original.tobytes() for part, original in parted):
                 found.append(_saved(few, "PNG", optimize=True))
+        found.append(_saved(picture, "PNG", optimize=True))
     return min(found, key=len)
 
 
@@ -70,12 +77,20 @@ def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> 
     if len(data) in (channels, channels + 1):
         flat = np.frombuffer(data, np.uint8)
         shape = (height, width) if len(data) == 1 else (height, width, len(data))
-        return np.broadcast_to(flat[0] if len(data) == 1 else flat, shape)
+        row = np.empty(shape[1:], np.uint8)
+        row[:] = flat[0] if len(data) == 1 else flat
+        return np.broadcast_to(row, shape)  # a whole row: what is copied from it is copied fast
     try:
         with quiet(), Image.open(io.BytesIO(data), formats=("WEBP", "PNG")) as opened:
             if opened.size != (width, height) or getattr(opened, "n_frames", 1) != 1:
                 raise CorruptError(f"picture without loss is {opened.size}; its file says {(width, height)}")
             alpha = opened.has_transparency_data
+            if opened.format == "WEBP" and width * height > LARGE:
+                samples = len(opened.getbands())
+                rows = vips.open_rows(bytes(data), "picture without loss", (width, height), samples)
+                if rows is not None:
+                    chosen: Any = {(1, False): 1, (1, True): [1, 3]}.get((channels, alpha), slice(None))
+                    return rows(0, height)[..., chosen]
             pixels: NDArray[np.uint8] = np.asarray(
                 opened.convert({1: "L", 3: "RGB"}[channels] if not alpha else _ALPHA[channels])
             )
@@ -87,21 +102,22 @@ def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> 
 
 
 class Outlook:
-    """What `pack` may come to, judged by every eleventh row, by strips of rows, and by how many rows come twice.
+    """What `pack` may come to, judged by a row of every eleven, by strips of rows, and by how many rows come twice.
 
-    On drawings and screenshots zlib on differences is at most 7 times as large as WebP, and WebP in a hurry 3 times;
-    only what is nearly empty is further off.
+    Which rows are looked at depends on all of the picture, so that none can be made to look good or bad at them. On
+    drawings and screenshots zlib on differences is at most 7 times as large as WebP, and WebP in a hurry 3 times; only
+    what is nearly empty is further off.
     """
 
-    def __init__(self, pixels: NDArray[np.uint8]) -> None:
-        self._pixels = pixels
+    def __init__(self, colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None) -> None:
+        self._colour, self._alpha = colour, alpha
+        self._height, self._width = map(int, colour.shape[:2])
 
     @cached_property
     @hop("lossless")
     def is_nearly_empty(self) -> bool:
         """Whether there is next to nothing to store."""
-        height, width = self._pixels.shape[:2]
-        return self._deflated < int(height) * int(width) / 40
+        return self._deflated < self._height * self._width / 40
 
     @hop("lossless")
     def may_beat(self, size: int) -> bool:
@@ -110,33 +126,73 @@ class Outlook:
             return True
         if self._deflated > 10 * size:
             return False
-        from PIL import Image
+        part = self._taken(self._strips)[:, :_WEBP_SIDE]
+        colour, alpha = (part, None) if self._alpha is None else (part[..., :-1], part[..., -1])
+        colour = colour[..., 0] if colour.ndim > self._colour.ndim else colour
+        hurried = len(_saved(_pillow(colour, alpha), "WEBP", lossless=True, method=2, quality=20))
+        share = part.shape[0] * part.shape[1] / (self._height * self._width)
+        return bool(hurried / share * self._fresh < 3.5 * size)
 
-        part = self._pixels[self._rows, :_WEBP_SIDE]
-        hurried = len(_saved(Image.fromarray(part), "WEBP", lossless=True, method=2, quality=20))
-        return bool(hurried * self._pixels.size / part.size * self._fresh < 3.5 * size)
+    def _taken(self, rows: list[int]) -> NDArray[np.uint8]:
+        """Some rows of colour and alpha in one array."""
+        if self._alpha is None:
+            return self._colour[rows]
+        return np.dstack((self._colour[rows], self._alpha[rows]))
+
+    def _chosen(self, number: int, choices: int) -> int:
+        """One of so many, by chance, but the same for the same picture."""
+        return zlib.crc32(number.to_bytes(4, "little"), self._seed) % choices
 
     @cached_property
-    def _rows(self) -> list[int]:
+    def _strips(self) -> list[int]:
         """A twelfth of the rows, in strips; of a small picture all."""
-        height, width = self._pixels.shape[:2]
-        if height * width <= _SMALL // 2:
-            return list(range(height))
-        return [row for top in range(0, height, _SPACING) for row in range(top, min(top + _STRIP, height))]
+        if self._height * self._width <= _SMALL // 2:
+            return list(range(self._height))
+        tops = range(0, self._height, _SPACING)
+        starts = [top + self._chosen(top, max(min(_SPACING, self._height - top) - _STRIP, 0) + 1) for top in tops]
+        return [row for start in starts for row in range(start, min(start + _STRIP, self._height))]
 
     @cached_property
     def _deflated(self) -> float:
         """Bytes as differences between neighbours, deflated in a hurry."""
-        height, width = self._pixels.shape[:2]
-        part = self._pixels[:: 1 if height * width <= _SMALL // 2 else _EVERY]
+        every = 1 if self._height * self._width <= _SMALL // 2 else _EVERY
+        tops = range(0, self._height, every)
+        part = self._taken([top + self._chosen(top, min(every, self._height - top)) for top in tops])
         deflated = len(zlib.compress(np.diff(part, axis=1, prepend=np.uint8(0)).tobytes(), 1))
-        return float(deflated * height / len(part) * self._fresh)
+        return float(deflated * self._height / len(part) * self._fresh)
+
+    @cached_property
+    def _checksums(self) -> list[int]:
+        """Of each row."""
+        rows = np.ascontiguousarray(self._colour).reshape(self._height, -1)
+        found = [zlib.crc32(row.data) for row in rows]
+        if self._alpha is None:
+            return found
+        alpha = np.ascontiguousarray(self._alpha)
+        return [zlib.crc32(row.data, before) for row, before in zip(alpha, found, strict=True)]
+
+    @cached_property
+    def _seed(self) -> int:
+        return zlib.crc32(np.array(self._checksums, "<u4").data)
 
     @cached_property
     def _fresh(self) -> float:
         """Share of the rows that are not the same as an earlier one, which WebP would find however far off it is."""
-        rows = np.ascontiguousarray(self._pixels).reshape(len(self._pixels), -1)
-        return len({zlib.crc32(row.data) for row in rows}) / len(rows)
+        return len(set(self._checksums)) / self._height
+
+
+def _pillow(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Image.Image:
+    """Pillow's picture, with nothing else of its size on the way there."""
+    from PIL import Image
+
+    if alpha is None:
+        return Image.fromarray(colour)
+    height, width = alpha.shape
+    picture = Image.new("LA" if colour.ndim == 2 else "RGBA", (width, height))
+    rows = max(1, BAND_PIXELS // width)
+    for y in range(0, height, rows):
+        picture.paste(Image.fromarray(np.dstack((colour[y : y + rows], alpha[y : y + rows]))), (0, y))
+    return picture
 
 
 def _saved(picture: Image.Image, format: str, **options: Any) -> bytes:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from hourglass.codec import container, features, lossless, metrics, runtime, watch
 from hourglass.codec.aim import Attempt, aim, parse_size
+from hourglass.codec.bands import Band, of_picture, of_strips
 from hourglass.codec.container import FileSource, Front, Header, Reader, Writer
 from hourglass.codec.decoding import KINDS, Decoding, as_colour, metadata_of, unstored, whole
 from hourglass.codec.errors import CodeError, InvalidArgument, LossWarning
@@ -176,7 +177,8 @@ class Codec:
     def encode_strips(self, strips: Strips, out: BinaryIO, **settings: Unpack[Settings]) -> None:
         """`encode` of a picture that is read a few rows at a time, into a seekable file; never stored losslessly.
 
-        Its bytes are those of `encode`. Memory is bounded by the picture's width. Raises as `encode`.
+        Its bytes are those of `encode`. Memory does not grow with the picture, but for a file that is read by rows
+        with its width; `LimitError` where it would be too much. Raises as `encode`.
         """
         check_settings(settings)
         if is_aimed(settings):
@@ -185,14 +187,17 @@ class Codec:
             )
         self.limits.check_streamed(strips.width, strips.height)
         codec, quality = self.suited(strips, settings), quality_of(settings)
-        model, grid = codec._model(codec.model), codec._grid(strips)
+        model = codec._model(codec.model)
+        grid, halo = codec._grid(strips), model.halo * runtime.STRIDE
+        if not strips.by_parts:
+            rows = min(max(len(part) for part in self._bands(grid)) * grid.tile_height + 2 * halo, grid.height)
+            self.limits.check_band(grid.width, grid.height, rows * grid.width * (1 if strips.grey else 3))
         metadata = _metadata_sections(strips.metadata)
         writer = Writer(out, codec._front(quality, strips), len(grid) + len(metadata))
         for kind, payload in metadata:
             writer.add(kind, payload)
-        for sections in self._encoded_bands(
-            model, grid, _strip_bands(strips, grid, self._bands(grid), model.halo * runtime.STRIDE), settings
-        ):
+        bands = of_strips(strips, grid, self._bands(grid), halo)
+        for sections in self._encoded_bands(model, grid, bands, settings):
             for section in sections:
                 writer.add(container.CODE, section)
         writer.finish()
@@ -200,21 +205,24 @@ class Codec:
     def decode_strips(self, data: FileSource) -> tuple[Header, Metadata, Iterator[Pixels]]:
         """A .hgc file -> its header, metadata, and the rows of its picture from top to bottom, some at a time.
 
-        Memory is bounded by the picture's width. Raises as `decode`, also while the rows are made; for one with alpha,
-        or one that is stored losslessly, `InvalidArgument`.
+        Memory grows with the picture's width; `LimitError` where it would be too much. Raises as `decode`, also while
+        the rows are made; for one with alpha, or one that is stored losslessly, `InvalidArgument`.
+        """
+
+        def rows(decoding: Decoding) -> Iterator[Pixels]:
+            self.limits.check_band(decoding.grid.width, decoding.grid.height, decoding.band_bytes)
+            return decoding.strips(whole(reader.header), 1)
+
+        reader = Reader(data, self.limits)
+        return self._streamed(reader, rows)
+
+    def decode_parts(self, data: FileSource) -> tuple[Header, Metadata, Iterator[tuple[int, int, Pixels]]]:
+        """`decode_strips` of parts of rows, each with the place of its corner, x and y; each pixel comes once.
+
+        Memory does not grow with the picture. Raises as `decode_strips`.
         """
         reader = Reader(data, self.limits)
-        try:
-            header = reader.header
-            self.limits.check_streamed(header.width, header.height)
-            reader.check_length()
-            if header.lossless or header.numbers(container.ALPHA):
-                raise InvalidArgument("a picture with alpha, or stored losslessly, can only be decoded as a whole")
-            rows = self._decoding(reader).strips(whole(header), 1)
-            return header, metadata_of(reader), _closing(reader, rows)
-        except BaseException:
-            reader.close()
-            raise
+        return self._streamed(reader, lambda decoding: decoding.parts(whole(reader.header), 1))
 
     def analyse(self, image: ImageSource | Picture, **settings: Unpack[Settings]) -> Code:
         """Analysis transform, gain, prior, rounding: a picture -> the Code of its colours.
@@ -230,7 +238,7 @@ class Codec:
             return self.unpack(codec._coded(bare, _length_of(image), settings))
         model, quality = codec._model(codec.model), quality_of(settings)
         grid = codec._grid(picture)
-        bands = _whole_bands(_colour(picture, grid), self._bands(grid))
+        bands = of_picture(_colour(picture, grid), grid, self._bands(grid))
         effort = settings.get("effort", "default")
 
         def analyse(_: runtime.Model, analysed: Analysed) -> Symbols:
@@ -309,7 +317,7 @@ class Codec:
     def _described(self, picture: Picture) -> NDArray[np.float32]:
         codec = self.suited(picture, {})
         model, grid = codec._model(codec.model), codec._grid(picture)
-        bands = _whole_bands(_colour(picture, grid), codec._bands(grid))
+        bands = of_picture(_colour(picture, grid), grid, codec._bands(grid))
 
         def sample(own: runtime.Model, analysed: Analysed) -> NDArray[np.float32]:
             return features.sampled(own, analysed.tensors["y"])
@@ -409,24 +417,24 @@ class Codec:
         self,
         model: runtime.Model,
         grid: Grid,
-        bands: Iterable[tuple[range, int, NDArray[np.uint8]]],
+        bands: Iterable[Band],
         work: Callable[[runtime.Model, Analysed], _Result],
     ) -> Iterator[list[_Result]]:
-        """What `work` makes of the tiles, band by band. bands: rows of tiles, row where the pixels begin, pixels."""
-        for rows, top, pixels in bands:
+        """What `work` makes of the tiles, band by band."""
+        for band in bands:
 
-            def analyse(tile: Tile, own: runtime.Model, top: int = top, pixels: NDArray[np.uint8] = pixels) -> _Result:
-                place = tile.x, tile.y - top, tile.width, tile.height
-                mine = pixels[tile.y - top : tile.y - top + tile.height, tile.x : tile.x + tile.width]
-                return work(own, Analysed(own, mine, own.analyse(pixels, *place)))
+            def analyse(tile: Tile, own: runtime.Model, band: Band = band) -> _Result:
+                x, y = tile.x - band.x, tile.y - band.y
+                mine = band.pixels[y : y + tile.height, x : x + tile.width]
+                return work(own, Analysed(own, mine, own.analyse(band.pixels, x, y, tile.width, tile.height)))
 
-            yield self._each(model, grid, grid.tiles(rows), analyse)
+            yield self._each(model, grid, band.tiles, analyse)
 
     def _encoded_bands(
         self,
         model: runtime.Model,
         grid: Grid,
-        bands: Iterable[tuple[range, int, NDArray[np.uint8]]],
+        bands: Iterable[Band],
         settings: Settings,
     ) -> Iterator[list[bytes]]:
         quality, effort = quality_of(settings), settings.get("effort", "default")
@@ -439,7 +447,7 @@ class Codec:
     def _encode(self, picture: Picture, source: int | None, settings: Settings) -> bytes:
         """source: bytes of the file that the picture came from, for a target in per cent of it."""
         thorough = settings.get("effort") == "best"
-        outlook = lossless.Outlook(picture.pixels) if settings.get("fallback", True) else None
+        outlook = lossless.Outlook(picture.colour, picture.alpha) if settings.get("fallback", True) else None
         stored = cache(lambda: _stored(picture, thorough))
         limit = self._limit(picture, source, settings)
         next_to_nothing = min(_LEAST_TILE * len(self._grid(picture)), limit or math.inf)
@@ -463,7 +471,7 @@ class Codec:
             return self._reach_size(picture, source, settings)
         model, quality = self._model(self.model), quality_of(settings)
         grid = self._grid(picture)
-        bands = _whole_bands(_colour(picture, grid), self._bands(grid))
+        bands = of_picture(_colour(picture, grid), grid, self._bands(grid))
         coded = [section for band in self._encoded_bands(model, grid, bands, settings) for section in band]
         return self._file(picture, quality, coded, self._alpha_sections(picture, grid))
 
@@ -503,7 +511,7 @@ class Codec:
                 return analysed
             return replace(analysed, tensors={**analysed.tensors, "y": analysed.tensors["y"].astype(np.float16)})
 
-        bands = _whole_bands(_colour(picture, grid), self._bands(grid))
+        bands = of_picture(_colour(picture, grid), grid, self._bands(grid))
         return [analysed for band in self._analysed_bands(model, grid, bands, keep) for analysed in band]
 
     def _limit(self, picture: Picture, source: int | None, settings: Settings) -> int | None:
@@ -554,6 +562,21 @@ class Codec:
     def _decoding(self, reader: Reader, salvage: bool = False) -> Decoding:
         model = self._model(reader.header.model)
         return Decoding(reader, model, self._each, at_once=2 * self._threads, salvage=salvage)
+
+    def _streamed(
+        self, reader: Reader, made: Callable[[Decoding], Iterator[_Result]]
+    ) -> tuple[Header, Metadata, Iterator[_Result]]:
+        """A file's header, metadata and what is made of it while it is read. The reader is closed in the end."""
+        try:
+            header = reader.header
+            self.limits.check_streamed(header.width, header.height)
+            reader.check_length()
+            if header.lossless or header.numbers(container.ALPHA):
+                raise InvalidArgument("a picture with alpha, or stored losslessly, can only be decoded as a whole")
+            return header, metadata_of(reader), _closing(reader, made(self._decoding(reader)))
+        except BaseException:
+            reader.close()
+            raise
 
     def _unpacked(self, data: FileSource) -> tuple[Decoding, list[Symbols]]:
         """The symbols of a file, tile by tile. Raises as `unpack`."""
@@ -621,30 +644,6 @@ def _place(tile: Tile) -> tuple[slice, slice]:
     return slice(tile.y, tile.y + tile.height), slice(tile.x, tile.x + tile.width)
 
 
-def _whole_bands(colour: NDArray[np.uint8], bands: list[range]) -> Iterator[tuple[range, int, NDArray[np.uint8]]]:
-    """What `_analysed_bands` takes, of a picture in memory."""
-    return ((rows, 0, colour) for rows in bands)
-
-
-def _strip_bands(
-    strips: Strips, grid: Grid, bands: list[range], halo: int
-) -> Iterator[tuple[range, int, NDArray[np.uint8]]]:
-    """What `_analysed_bands` takes, of a picture that is read from top to bottom. halo: rows that the bands overlap."""
-    kept = np.empty((0,), np.uint8)
-    top = bottom = 0
-    for rows in bands:
-        end = min(rows.stop * grid.tile_height + halo, grid.height)
-        parts = [] if bottom == 0 else [kept]
-        while bottom < end:
-            part = strips.read(end - bottom)
-            parts.append(part)
-            bottom += len(part)
-        pixels = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        yield rows, top, pixels
-        begin = max(rows.stop * grid.tile_height - halo, 0)
-        kept, top = pixels[begin - top :].copy(), begin
-
-
 def _metadata_sections(metadata: Metadata) -> list[tuple[int, bytes]]:
     found = ((kind, getattr(metadata, name)) for name, kind in KINDS.items())
     return [(kind, container.deflate(data)) for kind, data in found if data]
@@ -653,7 +652,7 @@ def _metadata_sections(metadata: Metadata) -> list[tuple[int, bytes]]:
 def _stored(picture: Picture, thorough: bool) -> bytes:
     """The file of a picture without any loss."""
     colour = container.GREY if picture.grey else container.RGB
-    payload = lossless.pack(picture.pixels, thorough)
+    payload = lossless.pack(picture.colour, picture.alpha, thorough)
     sections = [*_metadata_sections(picture.metadata), (container.LOSSLESS, payload)]
     return container.write(Front("", colour, picture.width, picture.height, 100), sections)
 

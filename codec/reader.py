@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from hourglass.codec import vips
 from hourglass.codec.errors import HourglassError, ImageError, InvalidArgument, LimitError
 from hourglass.codec.limits import Limits
 from hourglass.codec.metadata import (
@@ -42,6 +43,9 @@ READABLE = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
 
 IPTC_RESOURCE = 0x0404
 XMP_TAG, IPTC_TAG = 700, 33723
+_LARGE_WEBP, _MOST_WEBP = 1 << 24, 28_000_000
+"""Pixels of a WebP above which libvips decodes it, where it is installed, and above which it has to: Pillow holds four
+pictures of 32 bits at once."""
 _NO_EXIF = 20  # bytes that Pillow makes of no tags at all
 BAND_PIXELS = 1 << 20
 _ICC_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "LAB": "Lab"}
@@ -102,13 +106,39 @@ class Reader:
         self.depth = 0  # bits a sample where the header says it, else 0
         self.pages = 0  # of a TIFF that is read from a file
         self.monochrome = False  # an AVIF without colour, RGB to Pillow
+        self.rows: vips.Fetch | None = None  # in place of what Pillow decodes
 
     def lose(self, what: str) -> None:
         self.losses.append(f"{self.name} {what}")
 
     def from_file(self, file: IO[bytes]) -> Picture:
         with pillow_errors(self.name), self.open(file) as opened:
+            if opened.format == "WEBP" and getattr(opened, "n_frames", 1) == 1:
+                self.choose_webp(file, opened)
             return self.from_pillow(opened)
+
+    def choose_webp(self, file: IO[bytes], opened: Image.Image) -> None:
+        """Let libvips decode a large WebP. Raises `LimitError` for one that would need it and it is not there."""
+        pixels = opened.width * opened.height
+        if pixels > _LARGE_WEBP:
+            file.seek(0)
+            self.rows = vips.open_rows(file.read(), self.name, opened.size, len(opened.getbands()))
+        if pixels > _MOST_WEBP and self.rows is None:
+            raise LimitError(
+                f"{self.name} is a WebP of {opened.width}x{opened.height} = {pixels} pixels; above {_MOST_WEBP} pixels "
+                "Pillow takes too much memory for one: install libvips, pip install 'hourglass-codec[large]'"
+            )
+
+    def bands(self, opened: Image.Image) -> Iterator[Image.Image]:
+        """The picture from top to bottom, some rows at a time."""
+        if self.rows is None:
+            yield from bands(opened)
+            return
+        from PIL import Image
+
+        rows = max(1, BAND_PIXELS // opened.width)
+        for y in range(0, opened.height, rows):
+            yield Image.fromarray(self.rows(y, min(rows, opened.height - y)))
 
     def open(self, file: IO[bytes]) -> Image.Image:
         """Read the header, and of some PPM the rest too. Raises `ImageError` and `LimitError`."""
@@ -174,7 +204,8 @@ class Reader:
         with pillow_errors(self.name):
             self.limits.check_size(*opened.size)
             self.seek(opened)
-            opened.load()
+            if self.rows is None:
+                opened.load()
             self.limits.check_size(*opened.size)
             metadata, orientation = self.metadata(opened)
             self.check_gamut()
@@ -274,7 +305,7 @@ class Reader:
         transparent = key is not None or opened.has_transparency_data
         alpha = np.empty((height, width), np.uint8) if transparent else None
         y = 0
-        for part in bands(opened):
+        for part in self.bands(opened):
             here = slice(y, y + part.height)
             if alpha is not None:
                 alpha[here] = _alpha(part, key)

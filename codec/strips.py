@@ -1,9 +1,10 @@
-"""Pictures too large to hold in memory: read and written by rows.
+"""Pictures too large to hold in memory: read and written by rows, or by parts of rows.
 
-Read by rows: binary PPM and PGM of 8 bits; and with the extra `large` (libvips) PNG that is not interlaced, JPEG that
-is not progressive, and TIFF of 8 bits, grey or RGB. What needs the whole picture (an orientation to apply, alpha, a
-palette, 16 bits, frames) is not: `open_strips` returns None for it, and `image.load` reads it whole.
-Written by rows: PPM, PGM, PNG and TIFF.
+Read by parts, whatever the width: binary PPM and PGM of 8 bits, and TIFF of 8 bits that is not compressed. Read by rows
+with the extra `large` (libvips): PNG that is not interlaced, JPEG that is not progressive, and compressed TIFF of 8
+bits, grey or RGB. What needs the whole picture (an orientation to apply, alpha, a palette, 16 bits, frames) is not:
+`open_strips` returns None for it, and `image.load` reads it whole.
+Written by parts: PPM, PGM and TIFF; by rows: PNG.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hourglass.codec import vips
 from hourglass.codec.errors import ImageError, InvalidArgument, LossWarning
+from hourglass.codec.formats import FORMATS, STRIP_WRITABLE, check_format
 from hourglass.codec.limits import Limits
 from hourglass.codec.metadata import KINDS, PNG_MAGIC, TIFF_MAGIC, Keep, Metadata, tiff_pages
 from hourglass.codec.reader import Reader, kept, pillow_errors
@@ -29,19 +32,15 @@ from hourglass.codec.reader import Reader, kept, pillow_errors
 if TYPE_CHECKING:
     from PIL import Image
 
-STRIP_WRITABLE = {"PPM", "PNG", "TIFF"}
-"""Formats, as in `image.WRITABLE`, that `StripWriter` writes."""
-
-_HOLDS = {"PPM": set[str](), "PNG": {"icc", "exif", "xmp"}, "TIFF": {"icc", "xmp", "iptc"}}
 _PNM = re.compile(rb"P([56])((?:\s+|#[^\r\n]*[\r\n])+)(\d{1,9})((?:\s+|#[^\r\n]*[\r\n])+)(\d{1,9})"
                   rb"((?:\s+|#[^\r\n]*[\r\n])+)255\s")  # fmt: skip
 _CHUNK = 1 << 20
-_FEW = 16
-"""Rows that libvips is asked for at once: it keeps several times as many in memory."""
 
 
 class Strips:
-    """A picture read from its top row down. A context manager; closing it closes the file."""
+    """A picture read from its top row down, or, where `by_parts`, also by parts. A context manager; closing it closes
+    the file.
+    """
 
     def __init__(
         self,
@@ -52,10 +51,11 @@ class Strips:
         close: Callable[[], None],
         metadata: Metadata | None = None,
         losses: tuple[str, ...] = (),
+        part: Callable[[int, int, int, int], NDArray[np.uint8]] | None = None,
     ) -> None:
         self.width, self.height, self.grey = width, height, grey
         self.metadata, self.losses = metadata or Metadata(), losses
-        self._fetch, self._close, self._next = fetch, close, 0
+        self._fetch, self._close, self._next, self._part = fetch, close, 0, part
 
     def read(self, rows: int) -> NDArray[np.uint8]:
         """The next `rows` rows, fewer at the end and none behind it: (rows, W, 3) or, grey, (rows, W) uint8.
@@ -71,6 +71,23 @@ class Strips:
         part = self._fetch(self._next, count).reshape(shape)
         self._next += count
         return part
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether `part` reads this file."""
+        return self._part is not None
+
+    def part(self, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """A rectangle: (height, width, 3) or, grey, (height, width) uint8; where `read` stands does not matter.
+
+        Raises `ImageError` for a file that is cut short, `InvalidArgument` for what is not within the picture and for
+        a file that is read by rows only.
+        """
+        if self._part is None:
+            raise InvalidArgument("this file is read by rows only; only PPM and uncompressed TIFF are read by parts")
+        if min(x, y) < 0 or min(width, height) < 1 or x + width > self.width or y + height > self.height:
+            raise InvalidArgument(f"part is {width}x{height} at {x},{y}; the picture has {self.width}x{self.height}")
+        return self._part(x, y, width, height).reshape((height, width) if self.grey else (height, width, 3))
 
     def close(self) -> None:
         self._close()
@@ -96,11 +113,13 @@ def open_strips(path: str | os.PathLike[str], limits: Limits | None = None, *, k
         opened = _open_pnm(file, head, name, limits)
         if opened is not None:
             return opened
+        opened = _open_other(file, head, name, limits, keep)
     except BaseException:
         file.close()
         raise
-    with file:
-        return _open_vips(file, head, name, limits, keep)
+    if opened is None or not opened.by_parts:  # libvips has opened it by itself
+        file.close()
+    return opened
 
 
 def _check_side(width: int, height: int, limits: Limits) -> None:
@@ -119,23 +138,29 @@ def _open_pnm(file: IO[bytes], head: bytes, name: str, limits: Limits) -> Strips
     held = file.seek(0, os.SEEK_END) - found.end()
     if held < line * height:
         raise ImageError(f"{name} is cut short: {held} of {line * height} bytes of pixels")
-    file.seek(found.end())
+    part = _parts(file, name, lambda y: found.end() + y * line, line // width)
+    return Strips(width, height, grey, lambda y, count: part(0, y, width, count), file.close, part=part)
 
-    def fetch(_: int, count: int) -> NDArray[np.uint8]:
+
+def _parts(
+    file: IO[bytes], name: str, start: Callable[[int], int], samples: int
+) -> Callable[[int, int, int, int], NDArray[np.uint8]]:
+    """Reads a rectangle (x, y, width, height) of uncompressed samples. start: of a row, the place of its first byte."""
+
+    def part(x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         # Not a memory map: the pages that it has touched would count as this process's memory.
-        part = np.fromfile(file, np.uint8, count * line)
-        if part.size != count * line:
-            raise ImageError(f"{name} is cut short")
-        return part
+        out = np.empty((height, width * samples), np.uint8)
+        for number, row in enumerate(out):
+            file.seek(start(y + number) + x * samples)
+            if file.readinto(row.data) != row.size:  # type: ignore[attr-defined]
+                raise ImageError(f"{name} is cut short")
+        return out
 
-    return Strips(width, height, grey, fetch, file.close)
+    return part
 
 
-def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: Keep) -> Strips | None:
-    try:
-        import pyvips
-    except (ImportError, OSError):  # OSError: pyvips without its library
-        return None
+def _open_other(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: Keep) -> Strips | None:
+    """Of a TIFF that is not compressed the samples are read as they lie; of all others libvips makes rows."""
     reader = Reader(name, limits, keep, keep == "none", None)
     with pillow_errors(name):
         opened = _header(file, head, reader)
@@ -149,33 +174,40 @@ def _open_vips(file: IO[bytes], head: bytes, name: str, limits: Limits, keep: Ke
         reader.check_gamut()
         grey = opened.mode == "L"
         transform, icc = reader.transform(metadata.icc, opened.mode)
-    try:
-        picture = pyvips.Image.new_from_file(name, access="sequential", fail_on="error", revalidate=True)
-        if (picture.width, picture.height, picture.bands, picture.format) != (width, height, 1 if grey else 3, "uchar"):
-            return None
-        region = pyvips.Region.new(picture)
-    except pyvips.Error:  # a kind of file that only Pillow reads, or none
-        return None
+        start = _tiff_rows(opened, file)
+    beside = kept(metadata, icc, keep), tuple(reader.losses)
 
-    def fetch(y: int, count: int) -> NDArray[np.uint8]:
-        part = np.empty((count, width, 1 if grey else 3), np.uint8)
-        try:
-            for at in range(0, count, _FEW):
-                few = min(_FEW, count - at)
-                part[at : at + few].reshape(-1)[:] = np.frombuffer(region.fetch(0, y + at, width, few), np.uint8)
-        except pyvips.Error as exc:
-            raise ImageError(f"{name} cannot be decoded as a picture: {_reason(exc)}") from exc
+    def converted(part: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return part if transform is None else _through(transform, part, grey)
 
-    def close() -> None:
-        nonlocal region, picture
-        region = picture = None
+    if start is not None:
+        samples = 1 if grey else 3
+        raw = _parts(file, name, start, samples)
 
-    return Strips(width, height, grey, fetch, close, kept(metadata, icc, keep), tuple(reader.losses))
+        def part(x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+            return converted(raw(x, y, width, height).reshape(height, width, samples))
+
+        return Strips(width, height, grey, lambda y, count: part(0, y, width, count), file.close, *beside, part)
+    rows = vips.open_rows(name, name, (width, height), 1 if grey else 3)
+    if rows is None:
+        return None
+    return Strips(width, height, grey, lambda y, count: converted(rows(y, count)), lambda: None, *beside)
 
 
-def _reason(exc: Exception) -> str:
-    return " ".join(str(exc).split())
+def _tiff_rows(opened: Any, file: IO[bytes]) -> Callable[[int], int] | None:
+    """Where each row of a TIFF begins in its file; None for one that is compressed, tiled, cut short or no TIFF."""
+    tags = getattr(opened, "tag_v2", None)
+    if tags is None or tags.get(259, 1) != 1 or tags.get(266, 1) != 1 or 273 not in tags:
+        return None
+    (width, height), samples = opened.size, len(opened.getbands())
+    line, rows = width * samples, min(tags.get(278, height), height)
+    strips = np.array(tags[273], np.int64).reshape(-1)
+    if rows < 1 or len(strips) != -(-height // rows) or strips.min() < 0:
+        return None
+    last = height - rows * (len(strips) - 1)
+    if max(int(strips[:-1].max(initial=0)) + rows * line, int(strips[-1]) + last * line) > file.seek(0, os.SEEK_END):
+        return None
+    return lambda y: int(strips[y // rows]) + y % rows * line
 
 
 def _through(transform: Callable[[Image.Image], Image.Image], part: NDArray[np.uint8], grey: bool) -> NDArray[np.uint8]:
@@ -230,7 +262,9 @@ def _by_rows(opened: Any, reader: Reader) -> bool:
 
 
 class StripWriter:
-    """Write a picture file from its top row down, to a file that need not be seekable. A context manager."""
+    """Write a picture file from its top row down, to a file that need not be seekable, or where `by_parts` in any
+    order to one that is. A context manager.
+    """
 
     def __init__(
         self, file: IO[bytes], format: str, width: int, height: int, grey: bool, metadata: Metadata | None = None
@@ -240,15 +274,13 @@ class StripWriter:
         PNG takes ICC, EXIF and XMP, TIFF takes ICC, XMP and IPTC, PPM nothing: a `LossWarning` says what is dropped.
         Raises `InvalidArgument` for another format or a size that it cannot hold.
         """
-        if format not in STRIP_WRITABLE:
-            raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(STRIP_WRITABLE))}")
-        if not (1 <= width < 1 << 31 and 1 <= height < 1 << 31):
-            raise InvalidArgument(f"a picture of {width}x{height} pixels cannot be written as {format}")
+        check_format(format, width, height, STRIP_WRITABLE)
         self._file, self._format, self._grey = file, format, grey
-        self._size, self._next = (width, height), 0
+        self._size, self._next, self._filled = (width, height), 0, 0
         metadata = metadata or Metadata()
+        holds = FORMATS[format].by_rows or frozenset()
         for kind, label in KINDS.items():
-            if getattr(metadata, kind) and kind not in _HOLDS[format]:
+            if getattr(metadata, kind) and kind not in holds:
                 loss = f"{format} written by strips holds no {label}; {len(getattr(metadata, kind))} bytes are dropped"
                 warnings.warn(loss, LossWarning, stacklevel=2)
         if format == "PPM":
@@ -257,6 +289,31 @@ class StripWriter:
             self._start_png(metadata)
         else:
             file.write(_tiff_header(width, height, 1 if grey else 3, metadata))
+        self._start = file.tell() if self.by_parts and file.seekable() else 0
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether `put` writes this format."""
+        return FORMATS[self._format].by_parts
+
+    def put(self, x: int, y: int, part: NDArray[np.uint8]) -> None:
+        """Write a rectangle (h, w, 3) or, grey, (h, w) uint8 with its corner at x, y; each pixel once.
+
+        Raises `InvalidArgument` for one that does not lie in the picture, and for a format that is written by rows.
+        """
+        (width, height), samples = self._size, 1 if self._grey else 3
+        shape = part.shape if self._grey else part.shape[:2]
+        expected = part.dtype == np.uint8 and part.shape[2:] == (() if self._grey else (3,)) and len(shape) == 2
+        if not expected or min(x, y) < 0 or x + shape[1] > width or y + shape[0] > height or not self.by_parts:
+            kind = "" if self.by_parts else f"; {self._format} is written by rows"
+            raise InvalidArgument(
+                f"part is an array {part.shape} {part.dtype} at {x},{y}; expected uint8 within {width}x{height} "
+                f"pixels of {samples} samples{kind}"
+            )
+        for number, row in enumerate(np.ascontiguousarray(part)):
+            self._file.seek(self._start + ((y + number) * width + x) * samples)
+            self._file.write(row.data.cast("B"))
+        self._filled += shape[0] * shape[1]
 
     def write(self, rows: NDArray[np.uint8]) -> None:
         """Write the next rows: (rows, W, 3) or, grey, (rows, W) uint8. Raises `InvalidArgument` for other shapes."""
@@ -268,6 +325,7 @@ class StripWriter:
                 f"expected at most {height - self._next} rows of {shape} uint8"
             )
         self._next += len(rows)
+        self._filled += len(rows) * width
         if self._format == "PNG":
             self._write_png(rows)
         elif len(rows):
@@ -275,8 +333,9 @@ class StripWriter:
 
     def close(self) -> None:
         """Write what stands behind the pixels. Raises `InvalidArgument` when rows are missing."""
-        if self._next != self._size[1]:
-            raise InvalidArgument(f"{self._next} of {self._size[1]} rows were written")
+        width, height = self._size
+        if self._filled != width * height:
+            raise InvalidArgument(f"{self._filled // width} of {height} rows were written")
         if self._format == "PNG":
             self._chunk(b"IDAT", self._deflate.flush())
             self._chunk(b"IEND", b"")

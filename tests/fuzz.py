@@ -73,7 +73,7 @@ SECONDS = 5
 
 _VIEW = 6
 _FRONTS = {"parse": 0, "decode": _VIEW, "picture": 1}
-_FORMATS = (None, *sorted(image.HOLDS))
+_FORMATS = (None, *sorted(set(image.WRITABLE.values())))
 _METADATA = (ICC, EXIF, XMP, IPTC)
 
 
@@ -266,7 +266,7 @@ def _picture_seeds() -> Iterator[bytes]:
     rgb = rng.integers(0, 256, (6, 7, 3)).astype(np.uint8)
     alpha = Image.fromarray(np.dstack((rgb, rgb[..., :1])))
     options = 0
-    for format in sorted(image.HOLDS):
+    for format in sorted(set(image.WRITABLE.values())):
         for made in (image.Picture(rgb, None, _metadata()), image.Picture(rgb[..., 0].copy(), rgb[..., 1].copy())):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -44,7 +44,7 @@ ONLY_IN = {
     "onnx": re.compile(r"codec/train/"),
     "tqdm": re.compile(r"codec/train/"),
     "PIL": re.compile(r"codec/(image|lossless|reader|strips)\.py"),
-    "pyvips": re.compile(r"codec/strips\.py"),
+    "pyvips": re.compile(r"codec/vips\.py"),
     "onnxruntime": re.compile(r"codec/(runtime|train/graphs)\.py"),
     "constriction": re.compile(r"codec/entropy\.py"),
     "grpc": re.compile(r"(server|client|proto)/"),

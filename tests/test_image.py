@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import threading
 import time
 import warnings
@@ -16,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-from hourglass.codec import Limits, errors, image, strips
+from hourglass.codec import Limits, errors, image, reader, strips
 from hourglass.codec.image import Metadata, Picture
 
 IMAGES = Path(__file__).parent / "images"
@@ -693,6 +694,72 @@ def test_strips_written(format: str, grey: bool, size: tuple[int, int]) -> None:
     got = image.load(_write_strips(colour, format))
     assert np.array_equal(got.colour, colour)
     assert got.losses == ()
+
+
+@pytest.mark.parametrize("format", ["PPM", "TIFF"])
+@pytest.mark.parametrize("grey", [False, True])
+def test_parts_written_in_any_order(format: str, grey: bool) -> None:
+    colour = np.random.default_rng(1).integers(0, 256, (50, 70) if grey else (50, 70, 3), np.uint8)
+    out = io.BytesIO(b"what stands before")
+    out.seek(0, io.SEEK_END)
+    with strips.StripWriter(out, format, 70, 50, grey) as writer:
+        assert writer.by_parts
+        for y, x in ((20, 30), (0, 0), (20, 0), (0, 30)):
+            part = colour[y : y + (20 if y == 0 else 30), x : x + (30 if x == 0 else 40)]
+            writer.put(x, y, part)
+    if format == "PPM":  # of a TIFF the places are those of the whole file
+        assert np.array_equal(image.load(out.getvalue()[18:]).colour, colour)
+    out = io.BytesIO()
+    with strips.StripWriter(out, format, 70, 50, grey) as writer:
+        writer.put(35, 0, colour[:, 35:])
+        for wrong in ((36, 0, colour[:, 35:]), (-1, 0, colour[:, 35:]), (0, 0, colour[None]), (0, 1, colour)):
+            with pytest.raises(errors.InvalidArgument, match="expected uint8 within 70x50"):
+                writer.put(*wrong)
+        writer.put(0, 0, colour[:, :35])
+    assert np.array_equal(image.load(out.getvalue()).colour, colour)
+    with pytest.raises(errors.InvalidArgument, match="PNG is written by rows"):
+        strips.StripWriter(io.BytesIO(), "PNG", 70, 50, grey).put(0, 0, colour)
+
+
+@pytest.mark.parametrize("name", ["a.ppm", "a.pgm", "a.tif", "grey.tif", "big endian.tif"])
+def test_parts_equal_the_whole(name: str, tmp_path: Path) -> None:
+    """Without libvips too."""
+    picture = Image.open(IMAGES / "parrots.png").convert("L" if name in ("a.pgm", "grey.tif") else "RGB")
+    picture.save(tmp_path / name, **({"big_tiff": True} if name.startswith("big") else {}))
+    whole = image.load(tmp_path / name)
+    with strips.open_strips(tmp_path / name) or pytest.fail("no strips") as opened:
+        assert opened.by_parts
+        for x, y, width, height in ((0, 0, 768, 512), (767, 511, 1, 1), (100, 30, 333, 200)):
+            assert np.array_equal(opened.part(x, y, width, height), whole.colour[y : y + height, x : x + width])
+        assert np.array_equal(opened.read(99), whole.colour[:99])
+        with pytest.raises(errors.InvalidArgument, match="part is 2x1 at 767,0; the picture has 768x512"):
+            opened.part(767, 0, 2, 1)
+
+
+def test_a_large_webp_takes_another_way(picture: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By libvips it is the same picture; above what Pillow can bear it is refused without it."""
+    pytest.importorskip("pyvips")
+    clear = picture.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(picture.size))
+    for number, (one, options) in enumerate(
+        ((picture, {"quality": 70}), (picture, {"lossless": True}), (clear, {"quality": 70}), (clear, {"exact": True}))
+    ):
+        path = tmp_path / f"{number}.webp"
+        one.save(path, exif=b"Exif\0\0" + _exif(6), xmp=XMP % 1, icc_profile=WIDE, **options)
+        plain, srgb = image.load(path), image.load(path, srgb=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(reader, "_LARGE_WEBP", 0)
+            patched.setattr(reader, "_MOST_WEBP", 0)
+            for source in (path, path.read_bytes()):
+                for before, after in ((plain, image.load(source)), (srgb, image.load(source, srgb=True))):
+                    assert np.array_equal(before.pixels, after.pixels)
+                    assert before.metadata == after.metadata
+            cut = path.read_bytes()[: path.stat().st_size * 2 // 3]
+            with pytest.raises(errors.ImageError):
+                image.load(cut)
+            patched.setitem(sys.modules, "pyvips", None)  # as if it were not installed
+            with pytest.raises(errors.LimitError, match=r"install libvips, pip install 'hourglass-codec\[large\]'"):
+                image.load(path)
 
 
 def test_strips_keep_metadata(picture: Image.Image) -> None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageDraw
 
 from hourglass.client import Client
 from hourglass.codec import Codec, Metadata, Picture, errors, image, metrics
-from hourglass.codec.lossless import _EVERY
+from hourglass.codec.lossless import _EVERY, _SPACING, _STRIP
 
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
 IMAGES = Path(__file__).parent / "images"
@@ -167,7 +167,10 @@ def test_a_drawing_is_stored_without_loss(quality: float, codec: Codec, client: 
         codec.unpack(data)
 
 
-@pytest.mark.parametrize("kind", ["wallpaper", "stripes", "lines of noise", "noise beside nothing", "checks"])
+PATTERNS = ["wallpaper", "stripes", "lines of noise", "noise beside nothing", "checks", "noise where it is looked"]
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
 def test_no_pattern_is_larger_than_without_loss(kind: str, codec: Codec) -> None:
     """Repetition far apart, and what a look at some of the rows may miss."""
     chance = np.random.default_rng(3)
@@ -179,6 +182,9 @@ def test_no_pattern_is_larger_than_without_loss(kind: str, codec: Codec) -> None
         picture[:] = np.tile(noise[:1], (600, 7, 1))
     elif kind == "lines of noise":
         picture[::_EVERY] = chance.integers(0, 256, (55, 700, 3), np.uint8)
+    elif kind == "noise where it is looked":
+        rows = [y for y in range(600) if y % _EVERY == 0 or y % _SPACING < _STRIP]
+        picture[rows] = chance.integers(0, 256, (len(rows), 700, 3), np.uint8)
     elif kind == "noise beside nothing":
         picture[:100, :100] = noise
     else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ import pytest
 from numpy.typing import NDArray
 
 from hourglass.client import Client
-from hourglass.codec import Codec, Limits, Picture, View, container, errors, image, metrics
+from hourglass.codec import Codec, Limits, Metadata, Picture, View, container, errors, image, metrics
+from hourglass.codec.runtime import ZOO
 from hourglass.codec.strips import open_strips
 
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
@@ -134,7 +136,6 @@ def test_a_very_wide_picture(codec: Codec) -> None:
 
 def test_a_smaller_picture_saves_work(codec: Codec) -> None:
     """Counted, not timed: the graphs for small pictures have less than half the multiplications."""
-    from hourglass.codec.runtime import ZOO
     from hourglass.codec.train.graphs import macs_per_pixel
 
     whole = sum(macs_per_pixel(ZOO / codec.model / "decoder.onnx").values())
@@ -207,6 +208,25 @@ def test_salvage_by_command_and_server(data: bytes, address: str, client: Client
         assert image.load(out).width == 1100
 
 
+def test_damaged_metadata_is_found_before_any_pixel_is_made(data: bytes, codec: Codec) -> None:
+    """Though its section is the last: the tiles of these files are damaged too, and are not what the error names."""
+    header, payloads = container.read(data)
+    tiles = [(section.kind, bytes(payload)) for section, payload in zip(header.sections, payloads, strict=True)]
+    front = container.Front(header.model, header.colour, header.width, header.height, header.quality)
+    coded = container.write(front, [*tiles, (container.XMP, container.deflate(b"<x/>"))])
+    stored = codec.encode(Picture(np.zeros((9, 9), np.uint8), metadata=Metadata(xmp=b"<x/>")))
+    assert codec.read_header(stored).lossless
+    for whole in (coded, stored):
+        broken = bytearray(whole)
+        parsed = codec.read_header(whole)
+        place = parsed.length
+        for section in parsed.sections:
+            broken[place + section.length // 2] ^= 0x10
+            place += section.length
+        with pytest.raises(errors.CorruptError, match=f"of kind {container.XMP}"):
+            codec.decode(broken)
+
+
 def test_salvage_of_a_whole_file_says_nothing(data: bytes, codec: Codec) -> None:
     assert codec.decode_picture(data, salvage=True).losses == ()
 
@@ -234,6 +254,61 @@ def test_by_rows_is_as_in_memory(grey: bool, large: Picture, codec: Codec, tmp_p
     assert abs(np.concatenate(strips_made).astype(int) - decoded).max() <= 1
     with pytest.raises(errors.LimitError):
         small.decode(out.getvalue())
+
+
+@pytest.mark.parametrize("suffix", ["ppm", "tif", "png"])
+def test_a_very_wide_picture_by_parts_and_rows(suffix: str, codec: Codec, tmp_path: Path) -> None:
+    """More tiles across than are worked on at a time: the same bytes and pixels as in memory, two rows of tiles."""
+    if suffix == "png":
+        pytest.importorskip("pyvips")
+    row = np.tile(image.read(IMAGES / "parrots.png")[:34], (1, 6, 1))
+    path = tmp_path / f"wide.{suffix}"
+    path.write_bytes(image.write(row, image.format_of(path)))
+    zoo = tmp_path / "zoo"
+    shutil.copytree(ZOO / codec.model, zoo / codec.model)
+    manifest = json.loads((zoo / codec.model / "manifest.json").read_text())
+    manifest["code"][2]["stride"] = 64  # 72 tiles across
+    (zoo / codec.model / "manifest.json").write_text(json.dumps(manifest))
+    small = Codec(zoo=zoo)
+    tall = np.concatenate([row, row[::-1]])  # 68 rows: the second row of tiles has four
+    path.write_bytes(image.write(tall, image.format_of(path)))
+    out = io.BytesIO()
+    with open_strips(path) or pytest.fail("no strips") as strips:
+        assert strips.by_parts == (suffix != "png")
+        small.encode_strips(strips, out, quality=40)
+    data = out.getvalue()
+    assert len(small.read_header(data).sections) == 144
+    assert data == small.encode(tall, quality=40, fallback=False)
+    decoded = small.decode(data).astype(int)
+    assert abs(np.concatenate(list(small.decode_strips(data)[2])) - decoded).max() <= 1
+    seen = np.zeros(tall.shape[:2], int)
+    for x, y, part in small.decode_parts(data)[2]:
+        place = np.s_[y : y + part.shape[0], x : x + part.shape[1]]
+        assert abs(part - decoded[place]).max() <= 1
+        seen[place] += 1
+    assert (seen == 1).all()
+
+
+def test_a_row_that_is_too_wide_to_be_held(tmp_path: Path) -> None:
+    pytest.importorskip("pyvips")
+    row = np.tile(image.read(IMAGES / "parrots.png")[:16], (1, 2, 1))
+    few = Codec(limits=Limits(band_bytes=row.size - 1))
+    for suffix in ("png", "ppm"):
+        path = tmp_path / f"a.{suffix}"
+        path.write_bytes(image.write(row, image.format_of(path)))
+    message = rf"{row.size} bytes would be held at a time.*\(Limits.band_bytes\); take PPM or uncompressed TIFF"
+    with (
+        open_strips(tmp_path / "a.png") or pytest.fail("no strips") as strips,
+        pytest.raises(errors.LimitError, match=message),
+    ):
+        few.encode_strips(strips, io.BytesIO())
+    out = io.BytesIO()
+    with open_strips(tmp_path / "a.ppm") or pytest.fail("no strips") as strips:
+        few.encode_strips(strips, out)
+    with pytest.raises(errors.LimitError, match=message):
+        few.decode_strips(out.getvalue())
+    ((x, y, part),) = few.decode_parts(out.getvalue())[2]
+    assert (x, y, part.shape) == (0, 0, row.shape)
 
 
 def test_by_rows_has_no_targets_and_no_alpha(data: bytes, codec: Codec, tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Pictures that are held in memory: at most 350 MB and twice the raw picture, whatever their format."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SIDE = 6000
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+{work}
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+"""VmHWM of a process of its own, in KiB: what `resource` tells of a child begins with what its parent had."""
+
+READ = "from hourglass.codec import image; image.load(sys.argv[1])"
+THERE = "from hourglass import codec; Path(sys.argv[2]).write_bytes(codec.encode(sys.argv[1]))"
+BACK = (
+    "from hourglass import codec; from hourglass.codec import image\n"
+    "Path(sys.argv[1]).write_bytes(image.write(codec.Codec().decode_picture(sys.argv[2]), 'PNG'))"
+)
+
+
+def measured(work: str, *arguments: Path) -> int:
+    """Bytes."""
+    command = [sys.executable, "-c", MEASURED.format(work=work), *arguments]
+    return 1024 * int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def drawing() -> Image.Image:
+    """36 megapixels."""
+    chance = np.random.default_rng(1)
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    for _ in range(1000):
+        y, x = chance.integers(0, SIDE, 2)
+        pixels[y : y + 99, x : x + chance.integers(5, 400)] = chance.integers(0, 256, 3)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("mode", "format", "options"),
+    [
+        ("RGB", "WEBP", {"quality": 50, "method": 0}),
+        ("RGB", "WEBP", {"lossless": True, "method": 0}),
+        ("RGBA", "WEBP", {"quality": 50, "method": 0}),
+        ("RGB", "JPEG", {"progressive": True}),
+        ("RGBA", "TIFF", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_reading(mode: str, format: str, options: dict[str, object], drawing: Image.Image, tmp_path: Path) -> None:
+    pytest.importorskip("pyvips")
+    picture = drawing if mode == "RGB" else drawing.convert("RGBA")
+    if mode == "RGBA":
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    path = tmp_path / "picture"
+    picture.save(path, format, **options)
+    assert measured(READ, path) < 350_000_000 + 2 * len(mode) * SIDE**2
+
+
+def test_without_loss_there_and_back(drawing: Image.Image, tmp_path: Path) -> None:
+    """A large drawing is not made a WebP, which would take up to 30 bytes a pixel."""
+    path, coded, side = tmp_path / "a.png", tmp_path / "a.hgc", 5000
+    part = drawing.crop((0, 0, side, side))
+    part.save(path, compress_level=1)
+    for work in (THERE, BACK):
+        assert measured(work, path, coded) < 350_000_000 + 2 * 3 * side**2
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(part))

@@ -213,7 +213,8 @@ def walk_tile(
     """
     if coded not in [4 * count for count in model.widths]:
         expected = ", ".join(str(4 * count) for count in model.widths)
-        raise CodeError(f"coded channels of tile {tile.number} are {coded}; expected one of {expected}")
+        name = model.coded.name if model.coded else model.latent.name
+        raise CodeError(f"{name} of tile {tile.number} is {coded}; expected one of {expected}")
     whole = tensors["y"]
     y = narrow(whole, coded // 4)
     if np.count_nonzero(y) != np.count_nonzero(whole):

@@ -45,10 +45,51 @@ def speed(results: dict[str, Any]) -> list[str]:
     return rows
 
 
+def family(results: dict[str, Any]) -> list[str]:
+    heads = ["model", "code, channels and stride", "kMAC a pixel, each way", "quality 0", "quality 50", "quality 100"]
+    heads += ["JPEG, no smaller than quality 0", "BD-rate against JPEG"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, model in results["models"].items():
+        code = " + ".join(f"{tensor} {channels}, {stride}" for tensor, (channels, stride) in model["code"].items())
+        work = model["kmac_per_pixel"]
+        points = [p for p in model["curve"] if p["quality"] in (0, 50, 100)]
+        cells = [f"{p['bpp']:.3f} bpp, {p['psnr']:.2f} dB, {p['ms_ssim']:.3f}" for p in points]
+        jpeg = model["lowest"]["jpeg"]
+        rows.append(
+            f"| `{name}` | {code} | {work['analysis']:.1f}, {work['synthesis'] + work.get('prior', 0):.1f} | "
+            f"{' | '.join(cells)} | {jpeg['bpp']:.3f} bpp, {jpeg['psnr']:.2f} dB | "
+            f"{model['bd_rate_against_jpeg']:+.0f} % |"
+        )
+    return rows
+
+
+def noise(results: dict[str, Any]) -> list[str]:
+    noisy = results["noise"]
+    sigmas = ("0", *noisy["input"])
+    rows = ["| model | quality | " + " | ".join(f"noise {sigma}" for sigma in sigmas) + " |"]
+    rows.append("|---|---|" + "---|" * len(sigmas))
+    rows.append(
+        "| the noisy picture itself | | | " + " | ".join(f"{psnr:.1f}" for psnr in noisy["input"].values()) + " |"
+    )
+    for name, qualities in noisy.items():
+        for quality, values in qualities.items() if name != "input" else ():
+            cells = [f"{values[sigma]['psnr']:.1f} ({values[sigma]['bpp']:.2f} bpp)" for sigma in sigmas]
+            rows.append(f"| `{name}` | {quality} | {' | '.join(cells)} |")
+    return rows
+
+
 def tables() -> dict[str, list[str]]:
     """The lines of each table."""
-    kodak, others, speeds = (json.loads((BENCH / f"{n}.json").read_text()) for n in ("rd", "rd-photos2", "speed"))
-    return {"quality": quality(kodak), "rivals": rivals(kodak, others), "speed": speed(speeds)}
+    kodak, others, speeds, models = (
+        json.loads((BENCH / f"{n}.json").read_text()) for n in ("rd", "rd-photos2", "speed", "family")
+    )
+    return {
+        "quality": quality(kodak),
+        "rivals": rivals(kodak, others),
+        "speed": speed(speeds),
+        "family": family(models),
+        "noise": noise(models),
+    }
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -14,8 +15,11 @@ Fetch: TypeAlias = Callable[[int, int], NDArray[np.uint8]]
 """First row, how many -> (rows, W, samples) uint8. From top to bottom. Raises `ImageError`."""
 
 _FEW = 16
-"""Rows that libvips is asked for at once: it keeps several times as many in memory. (As cuttings, each of which frees all
-that it took; a region that is filled again and again took 450 MB for rows of 65,500 pixels, these 80.)"""
+"""Rows that libvips is asked for at once: it keeps several times as many in memory. (As cuttings, each of which frees
+what it took: a region that is filled again and again took 450 MB for rows of 65,500 pixels, these 80.)"""
+
+# Rows come one after the other from a decoder that works alone: more threads only take memory. Read when libvips loads.
+os.environ.setdefault("VIPS_CONCURRENCY", "1")
 
 
 def open_rows(source: str | bytes, name: str, size: tuple[int, int], samples: int) -> Fetch | None:

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from hourglass.client import Client
 from hourglass.client.cli import main
 from hourglass.codec import Codec, errors, image, metrics, runtime
 from hourglass.codec.train.export import load_checkpoint
@@ -61,6 +62,33 @@ def test_every_model_round_trips(model: str, grey: bool) -> None:
     assert sizes == sorted(set(sizes))
     assert psnr == sorted(psnr)
     assert psnr[0] > 20
+
+
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("model", runtime.model_ids())
+def test_command_and_server_have_every_model(model: str, grey: bool, address: str, tmp_path: Path) -> None:
+    """The command, the server and the codec make the same files and pictures with it."""
+    if model in GREY and not grey:
+        return
+    picture = _picture(grey)
+    path = tmp_path / "photo.png"
+    path.write_bytes(image.write(image.load(picture), "PNG"))
+    for arguments in (["--model", model, "--no-fallback", str(path)], ["-d", "-f", str(path.with_suffix(".hgc"))]):
+        told = CliRunner().invoke(main, arguments)
+        assert told.exit_code == 0, told.output
+    data = path.with_suffix(".hgc").read_bytes()
+    codec = Codec(model)
+    assert data == codec.encode(picture, fallback=False)
+    decoded = image.load(path).pixels
+    assert np.array_equal(decoded, codec.decode(data))
+    assert decoded.shape == picture.shape
+    with Client(address, model=model) as client:
+        assert client.encode(picture, fallback=False) == data
+        assert np.array_equal(client.decode(data), decoded)
+        code = client.analyse(picture)
+        assert code == codec.analyse(picture)
+        assert np.array_equal(client.synthesise(code), decoded)
+        assert np.array_equal(client.features(data), codec.features(data))
 
 
 @pytest.mark.parametrize("model", [model for model in COLOUR if f"{model}-grey" in GREY])
@@ -120,13 +148,14 @@ def test_tiles_have_no_seams(model: str) -> None:
     codec = Codec(model)
     code = codec.analyse(picture, quality=80, effort="fast")
     own = runtime.open_model(model)
-    found = own.analyse(picture, 0, 0, 700, 600)
+    height, width = picture.shape[:2]
+    found = own.analyse(picture, 0, 0, width, height)
     assert (np.rint(found["y"] * own.gain(80)[:, None, None]) == code.tensors["y"]).mean() > 0.9999
     latents = [code.tensors["y"] * own.inverse_gain(80)[: own.latent.channels, None, None]]
     if "l" in code.tensors:
         latents.append(code.tensors["l"].astype(np.float32))
     core = np.concatenate(latents).astype(np.float32)[None]
-    whole = own.synthesise(runtime.Patch(core, core[:, :0], (0, core.shape[2], 0, core.shape[3])))[:600, :700]
+    whole = own.synthesise(runtime.Patch(core, core[:, :0], (0, core.shape[2], 0, core.shape[3])))[:height, :width]
     decoded = codec.synthesise(code)
     assert abs(whole.reshape(decoded.shape).astype(int) - decoded).max() <= 1
     region = codec.decode(codec.pack(code), region=(300, 250, 200, 100))

@@ -49,7 +49,7 @@ def test_versions_of_a_picture_are_found(model: str) -> None:
         for name, version in _versions(pixels).items():
             likeness = archive @ codec.features(version)
             assert likeness.argmax() == number, name
-            assert likeness[number] > 0.65, name
+            assert likeness[number] > 0.55, name
         for quality in (15, 90):
             assert archive[number] @ codec.features(codec.encode(pixels, quality=quality, fallback=False)) > 0.85
 

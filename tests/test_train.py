@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import subprocess
@@ -16,6 +17,8 @@ import torch
 from hourglass.codec import Codec, errors, image, metrics
 from hourglass.codec.runtime import open_model
 from hourglass.codec.train import loop, prior
+from hourglass.codec.train.blocks import squared_error
+from hourglass.codec.train.classic import SHAPES, Classic, start_linear
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.export import export, load_checkpoint
 from hourglass.codec.train.network import Hourglass, Shape, start_from_pca, start_rest, unweave, weave
@@ -276,3 +279,47 @@ def test_commands(tmp_path: Path) -> None:
     done = python("run", tmp_path / "empty", "--out", tmp_path / "run2")
     assert done.returncode == 1
     assert done.stderr.startswith("error: no pictures in")
+
+
+@pytest.mark.parametrize("kind", ["deconv", "avgpool", "maxpool"])
+def test_classic_networks_train_and_ship(kind: str, tmp_path: Path) -> None:
+    """From pictures to a model: a start that is no noise, a step that learns, a grey network out of it, a denoiser."""
+    shape = replace(SHAPES[kind], channels=(8, 16, 24), latent=32)
+    settings = replace(SETTINGS, steps=12, prior_steps=0)
+    loop.train(IMAGES, tmp_path / "colour", settings, shape, None, CPU)
+    (row,) = [json.loads(line) for line in (tmp_path / "colour" / "log.jsonl").read_text().splitlines()]
+    assert row["held_out"][-1]["psnr"] > 19
+    weights = tmp_path / "colour" / "checkpoint.pt"
+    grey = replace(shape, colours=1)
+    loop.train(IMAGES, tmp_path / "grey", replace(settings, steps=2, noise=20.0), grey, None, CPU, weights)
+    net, values = load_checkpoint(tmp_path / "grey" / "checkpoint.pt")
+    assert isinstance(net, Classic)
+    assert (net.shape, values["settings"]["noise"]) == (grey, 20.0)
+    with pytest.raises(errors.InvalidArgument, match="holds a network of shape"):
+        loop.train(IMAGES, tmp_path / "wrong", settings, replace(shape, latent=36), None, CPU, weights)
+    pieces = load_pieces(list_training(IMAGES), 16, CPU)
+    names = {"small-c": "colour", "small-c-grey": "grey"}
+    for model, run in names.items():
+        own, _ = load_checkpoint(tmp_path / run / "checkpoint.pt")
+        twin = "small-c-grey" if run == "colour" else None
+        export(own, pieces, model, tmp_path / "zoo", {"steps": 12}, [IMAGES / "motocross.png"], twin)
+    codec = Codec("small-c", zoo=tmp_path / "zoo")
+    for path, model in ((IMAGES / "motocross.png", "small-c"), (IMAGES / "girl-grey.png", "small-c-grey")):
+        data = codec.encode(path, quality=90, fallback=False)
+        assert codec.read_header(data).model == model
+        assert metrics.psnr(image.load(path).pixels, codec.decode(data)) > 17
+
+
+def test_sigmoid_start_is_linear() -> None:
+    """The stages undo each other, so that a new network, without rounding, gives back its picture, but for what 32
+    channels cannot hold."""
+    pieces = load_pieces(list_training(IMAGES), 64, CPU)
+    pictures = [p[:h, :w].permute(2, 0, 1) for p, (h, w) in zip(pieces.pixels, pieces.sizes.tolist(), strict=True)]
+    torch.manual_seed(0)
+    net = Classic(replace(SHAPES["deconv"], channels=(12, 48, 128), latent=192))
+    random = copy.deepcopy(net)
+    start_linear(net, pictures, torch.Generator().manual_seed(0))
+    x = pictures[0][None, :, :64, :64].float() / 255
+    with torch.no_grad():
+        errors_ = [float(squared_error(x, one.synthesis(*one.analysis(x)))) for one in (net, random)]
+    assert errors_[0] < 0.002 < 0.01 < errors_[1]

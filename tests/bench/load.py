@@ -1,6 +1,6 @@
 """What the gRPC service does under load, measured in one run of five minutes on servers of its own.
 
-    python tests/bench/load.py PICTURES --broken shared/data/robust --out load.json
+    python tests/bench/load.py PICTURES --broken BROKEN --out load.json
     python tests/bench/load.py PICTURES --only throughput --seconds 20 -- --workers 1
 
 Clients are asyncio's, in a process of their own. The parts, which --only chooses among:

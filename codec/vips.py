@@ -14,9 +14,8 @@ from hourglass.codec.errors import ImageError
 Fetch: TypeAlias = Callable[[int, int], NDArray[np.uint8]]
 """First row, how many -> (rows, W, samples) uint8. From top to bottom. Raises `ImageError`."""
 
-_FEW = 16
-"""Rows that libvips is asked for at once: it keeps several times as many in memory. (As cuttings, each of which frees
-what it took: a region that is filled again and again took 450 MB for rows of 65,500 pixels, these 80.)"""
+_FEW = 1 << 18
+"""Bytes of rows that libvips is asked for at once, one row at least: it keeps many times as much in memory."""
 
 # Rows come one after the other from a decoder that works alone: more threads only take memory. Read when libvips loads.
 os.environ.setdefault("VIPS_CONCURRENCY", "1")
@@ -39,18 +38,18 @@ def open_rows(source: str | bytes, name: str, size: tuple[int, int], samples: in
             picture = pyvips.Image.new_from_buffer(source, "", **options)
         if (picture.width, picture.height, picture.bands, picture.format) != (*size, samples, "uchar"):
             return None
+        region = pyvips.Region.new(picture)
     except pyvips.Error:  # a kind of file that only Pillow reads, or none
         return None
     width = size[0]
+    rows = max(1, _FEW // (width * samples))
 
     def fetch(y: int, count: int) -> NDArray[np.uint8]:
         part = np.empty((count, width, samples), np.uint8)
         try:
-            for at in range(0, count, _FEW):
-                few = min(_FEW, count - at)
-                part[at : at + few].reshape(-1)[:] = np.frombuffer(
-                    picture.crop(0, y + at, width, few).write_to_memory(), np.uint8
-                )
+            for at in range(0, count, rows):
+                few = min(rows, count - at)
+                part[at : at + few].reshape(-1)[:] = np.frombuffer(region.fetch(0, y + at, width, few), np.uint8)
         except pyvips.Error as exc:
             raise ImageError(f"{name} cannot be decoded as a picture: {' '.join(str(exc).split())}") from exc
         return part

@@ -156,7 +156,7 @@ def _hup(server: Process, tokens: Path, models: Path) -> None:
     server.process.send_signal(signal.SIGHUP)
     server.wait_for(f"reloaded; models: {', '.join(['another', *model_ids()])}", 2)
     with Client(server.address, model="another", token="the-second-token-there-is") as client:
-        assert [model.id for model in client.models()] == ["another", DEFAULT_MODEL]
+        assert [model.id for model in client.models()] == ["another", *model_ids()]
         assert client.encode(image.read(Path(__file__).parent / "images" / "parrots.png")[:64, :64])
 
 

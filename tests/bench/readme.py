@@ -78,10 +78,46 @@ def noise(results: dict[str, Any]) -> list[str]:
     return rows
 
 
+CODES = {
+    "raw pixels": "raw pixels",
+    "PCA": "PCA",
+    "plain": "code of a plain autoencoder",
+    "distorted": "code, distorted in, clean out",
+    "feature": "code, and two distortions agree",
+    "feature, fully connected head": "the same code, fully connected head",
+}
+
+
+def digits_labels(results: dict[str, Any]) -> list[str]:
+    counts = results["settings"]["labels"]
+    rows = ["| features | numbers | " + " | ".join(f"{count} labels" for count in counts) + " |"]
+    rows.append("|---|---|" + "---|" * len(counts))
+    for name, label in CODES.items():
+        found = [row for row in results["classification"] if row["features"] == name]
+        cells = [f"{row['mean']:.1f} ± {row['deviation']:.1f} %" for row in found]
+        rows.append(f"| {label} | {found[0]['numbers']} | {' | '.join(cells)} |")
+    return rows
+
+
+def digits_clusters(results: dict[str, Any]) -> list[str]:
+    rows = ["| clusters of | NMI | purity |", "|---|---|---|"]
+    for row in results["clusters"]:
+        cells = [f"{row[key]['mean']:.3f} ± {row[key]['deviation']:.3f}" for key in ("nmi", "purity")]
+        rows.append(f"| {CODES[row['features']]} | {' | '.join(cells)} |")
+    return rows
+
+
+def digits_samples(results: dict[str, Any]) -> list[str]:
+    rows = ["| pictures | Fréchet distance | to the nearest training digit |", "|---|---|---|"]
+    return rows + [
+        f"| {row['pictures']} | {row['frechet']:.2f} | {row['nearest']:.3f} |" for row in results["generation"]
+    ]
+
+
 def tables() -> dict[str, list[str]]:
     """The lines of each table."""
-    kodak, others, speeds, models = (
-        json.loads((BENCH / f"{n}.json").read_text()) for n in ("rd", "rd-photos2", "speed", "family")
+    kodak, others, speeds, models, digits = (
+        json.loads((BENCH / f"{n}.json").read_text()) for n in ("rd", "rd-photos2", "speed", "family", "digits")
     )
     return {
         "quality": quality(kodak),
@@ -89,6 +125,9 @@ def tables() -> dict[str, list[str]]:
         "speed": speed(speeds),
         "family": family(models),
         "noise": noise(models),
+        "digits-labels": digits_labels(digits),
+        "digits-clusters": digits_clusters(digits),
+        "digits-samples": digits_samples(digits),
     }
 
 

@@ -218,6 +218,7 @@ def test_readme_table_is_the_committed_measurement() -> None:
     )
     tables: dict[str, list[str]] = json.loads(done.stdout)
     expected = {"quality": 13, "rivals": 6, "speed": 8, "digits-labels": 8, "digits-clusters": 6, "digits-samples": 7}
+    expected |= {"family": 10, "noise": 13}
     assert {name: len(rows) for name, rows in tables.items()} == expected
     for name, rows in tables.items():
         assert "\n".join([f"<!-- {name} -->", *rows, f"<!-- /{name} -->"]) in README
@@ -225,6 +226,9 @@ def test_readme_table_is_the_committed_measurement() -> None:
         results = json.loads((ROOT / "tests" / "bench" / f"{name}.json").read_text())
         assert results["date"] in README
         assert results["model"] == codec.Codec().model
+    models = json.loads((ROOT / "tests" / "bench" / "family.json").read_text())
+    assert set(models["models"]) == set(model_ids())
+    assert models["date"] in README
 
 
 def test_server_name_is_the_service_of_the_proto() -> None:

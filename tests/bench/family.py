@@ -14,14 +14,13 @@ import json
 import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from rd import Pixels, bd, mean_curve, pillow
+from rd import Pixels, bd, jpeg, mean_curve, measured, pillow
 from tqdm import tqdm
 
 from hourglass.codec import Codec, image, metrics, runtime
@@ -34,8 +33,6 @@ NOISY = 8
 NOISE_QUALITIES = (50, 100)
 LUMA = np.array([0.299, 0.587, 0.114])
 
-jpeg = partial(pillow, format="JPEG", subsampling="4:2:0", optimize=True, progressive=True)
-
 
 def grey_jpeg(pixels: Pixels, quality: int) -> tuple[int, Pixels]:
     size, decoded = pillow(pixels, quality, format="JPEG", optimize=True, progressive=True)
@@ -44,16 +41,6 @@ def grey_jpeg(pixels: Pixels, quality: int) -> tuple[int, Pixels]:
 
 def luma(pixels: Pixels) -> Pixels:
     return np.asarray(np.rint(pixels @ LUMA), np.uint8)
-
-
-def point(pixels: Pixels, decoded: Pixels, size: int, quality: float) -> dict[str, float]:
-    return {
-        "quality": quality,
-        "bytes": size,
-        "bpp": metrics.bpp(size, pixels.shape[1], pixels.shape[0]),
-        "psnr": metrics.psnr(pixels, decoded),
-        "ms_ssim": metrics.ms_ssim(pixels, decoded),
-    }
 
 
 def of_picture(path: Path, codec: Codec, grey: bool) -> dict[str, Any]:
@@ -65,14 +52,14 @@ def of_picture(path: Path, codec: Codec, grey: bool) -> dict[str, Any]:
         bits = codec.tensor_bits(data)
         shares.append(bits.get("l", 0.0) / sum(bits.values()))
     coder = grey_jpeg if grey else jpeg
-    rivals = [point(pixels, decoded, size, q) for q in JPEG for size, decoded in [coder(pixels, q)]]
+    rivals = [measured(pixels, decoded, size, q) for q in JPEG for size, decoded in [coder(pixels, q)]]
     least = len(files[0])
     above = next((q for q in range(1, 96) if coder(pixels, q)[0] >= least), 95)
     size, decoded = coder(pixels, above)
     return {
-        "points": [point(pixels, codec.decode(data), len(data), q) for q, data in zip(QUALITIES, files, strict=True)],
+        "points": [measured(pixels, codec.decode(f), len(f), q) for q, f in zip(QUALITIES, files, strict=True)],
         "jpeg": rivals,
-        "jpeg_no_smaller": point(pixels, decoded, size, above),
+        "jpeg_no_smaller": measured(pixels, decoded, size, above),
         "location_shares": shares,
     }
 

@@ -58,10 +58,10 @@ RIVALS: dict[str, tuple[Coder, list[int]]] = {
 
 def point(pixels: Pixels, coder: Coder, quality: int) -> dict[str, float]:
     size, decoded = coder(pixels, quality)
-    return _point(pixels, decoded, size, quality)
+    return measured(pixels, decoded, size, quality)
 
 
-def _point(pixels: Pixels, decoded: Pixels, size: int, quality: float) -> dict[str, float]:
+def measured(pixels: Pixels, decoded: Pixels, size: int, quality: float) -> dict[str, float]:
     return {
         "quality": quality,
         "bytes": size,
@@ -77,7 +77,7 @@ def own_points(pixels: Pixels, coder: codec.Codec, effort: codec.Effort) -> dict
     """
 
     def own_point(quality: int) -> dict[str, float]:
-        return _point(pixels, coder.decode(files[quality]), len(files[quality]), quality)
+        return measured(pixels, coder.decode(files[quality]), len(files[quality]), quality)
 
     files = list(coder.encode_many(pixels, range(101), effort))
     sizes = [len(data) for data in files]

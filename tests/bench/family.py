@@ -3,7 +3,7 @@
     python tests/bench/family.py FOLDER [--out family.json] [--figure family.png] [--photo NAME]
 
 Rates are bytes of whole files, pictures 8-bit; curves are means over the pictures at each quality. Models of grey
-pictures get the luma of the pictures, and a grey JPEG for a rival. Noise: Gaussian, of 5, 15 and 25 grey levels; PSNR is
+pictures get the luma of the pictures, and a grey JPEG for a rival. Noise: Gaussian, of 5, 15, 25 grey levels; PSNR is
 that of what is decoded against the picture without noise.
 """
 

@@ -174,7 +174,7 @@ def test_location_map_is_part_of_the_code(tmp_path: Path) -> None:
     bits = codec.tensor_bits(codec.pack(code))
     assert set(bits) == {"y", "l"}
     assert 0.8 < bits["l"] / np.count_nonzero(values) <= 2.01
-    assert sum(bits.values()) / 8 == pytest.approx(len(codec.pack(code)), rel=0.02)
+    assert sum(bits.values()) / 8 == pytest.approx(len(codec.pack(code)), rel=0.03)
     for place, value, what in (((0, 0, 0), 7, "outside"), (tuple(np.argwhere(values == 0)[0]), 1, "sure zero")):
         wrong = places.copy()
         wrong[place] = value

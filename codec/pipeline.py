@@ -349,9 +349,10 @@ class Codec:
 
     def warm_up(self) -> None:
         """Load the model and run it once, so that the first picture does not wait for it."""
-        side = self._model(self.model).side
-        for width in (16, side + 16):  # one tile with all threads, more with a thread each
-            self.decode(self.encode(np.zeros((16, width, 3), np.uint8), fallback=False))
+        model = self._model(self.model)
+        for width in (16, model.side + 16):  # one tile with all threads, more with a thread each
+            shape = (16, width, 3) if model.colours == 3 else (16, width)
+            self.decode(self.encode(np.zeros(shape, np.uint8), fallback=False))
 
     def _model(self, model_id: str, threads: int = 0) -> runtime.Model:
         key = model_id, threads or self._threads

@@ -44,6 +44,7 @@ def test_the_family_is_there() -> None:
 def test_every_model_round_trips(model: str, grey: bool) -> None:
     """Colour and grey, by file and by code; sizes rise and errors fall with quality."""
     codec, picture = Codec(model), _picture(grey)
+    codec.warm_up()
     if model in GREY and not grey:
         with pytest.raises(errors.InvalidArgument, match=f"model '{model}' codes grey pictures only"):
             codec.encode(picture)

@@ -293,10 +293,8 @@ class Planner:
         request = pb.EncodeRequest(model=self._model)
         setattr(request, wish, True)
         pixels, content = None, b""
-        if isinstance(source, (str, os.PathLike)):
-            content = Path(source).read_bytes()
-        elif isinstance(source, (bytes, bytearray, memoryview)):
-            content = bytes(source)
+        if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+            content = _content(source)
         else:
             picture = image.load(source)
             if picture.metadata.size:

@@ -24,8 +24,6 @@ from hourglass.codec.watch import hop
 TOTAL = 1 << 16
 """Sum of the frequencies of every table."""
 
-_Group = tuple[int, NDArray[np.intp]]
-
 
 @dataclass(frozen=True)
 class Tables:
@@ -89,9 +87,11 @@ class Encoder:
         if np.count_nonzero(flat) and flat[tables.sure_zero[index.reshape(-1)]].any():
             raise ValueError("a symbol whose table is a sure zero is not 0")
         outside = []
-        for table, places in _groups(index, tables):
+        order, groups = _grouped(index, tables)
+        values = flat[order].astype(np.int32)
+        for table, members in groups:
             entries = tables.start[table + 1] - tables.start[table] - 1
-            entry = flat[places].astype(np.int32)
+            entry = values[members]
             entry -= tables.first[table]
             if entry.min() < 0 or entry.max() >= entries:
                 escaped = (entry < 0) | (entry >= entries)
@@ -122,18 +122,22 @@ class Decoder:
     def get(self, index: NDArray[np.uint8]) -> NDArray[np.int16]:
         """The next symbols, int16 of the shape of `index`."""
         tables = self._tables
-        flat = np.zeros(index.size, np.int16)
+        order, groups = _grouped(index, tables)
+        values = np.empty(len(order), np.int16)
         escapes = []
         try:
-            for table, places in _groups(index, tables):
+            for table, members in groups:
                 entries = tables.start[table + 1] - tables.start[table] - 1
-                entry = self._coder.decode(tables.model(table), len(places))
+                entry = self._coder.decode(tables.model(table), members.stop - members.start)
                 if entry.max() == entries:
-                    escapes.append((places[entry == entries], int(tables.first[table]), int(entries)))
-                flat[places] = entry + tables.first[table]
-            _decode_escapes(self._coder, flat, escapes)
+                    escaped = members.start + np.flatnonzero(entry == entries)
+                    escapes.append((escaped, int(tables.first[table]), int(entries)))
+                values[members] = entry + tables.first[table]
+            _decode_escapes(self._coder, values, escapes)
         except AssertionError as exc:  # what constriction raises when the bits fit no symbol
             raise CorruptError(f"entropy-coded data is invalid: {exc}") from exc
+        flat = np.zeros(index.size, np.int16)
+        flat[order] = values
         return flat.reshape(index.shape)
 
     def finish(self) -> None:
@@ -154,26 +158,25 @@ def count(
     symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables
 ) -> Iterator[tuple[int, NDArray[np.intp]]]:
     """(table, how often each of its entries comes) for each table in use, ascending; sure zeros left out."""
-    flat = symbols.reshape(-1)
-    for table, places in _groups(index, tables):
+    order, groups = _grouped(index, tables)
+    values = symbols.reshape(-1)[order].astype(np.int64)
+    for table, members in groups:
         entries = len(tables.frequencies_of(table))
-        entry = flat[places].astype(np.int64) - tables.first[table]
+        entry = values[members] - tables.first[table]
         entry[(entry < 0) | (entry >= entries - 1)] = entries - 1
         yield table, np.bincount(entry, minlength=entries)
 
 
-def _groups(index: NDArray[np.uint8], tables: Tables) -> Iterator[_Group]:
-    """(table, places in flat order) for each table in use, ascending; sure zeros left out."""
+def _grouped(index: NDArray[np.uint8], tables: Tables) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
+    """Places, in flat order, of all symbols that are coded, those of one table behind those of another, ascending; and
+    for each table in use which of them are its. Sure zeros are left out."""
     flat = index.reshape(-1)
     coded = np.flatnonzero(~tables.sure_zero[flat])
     used = flat[coded]
     order = coded[np.argsort(used, kind="stable")]  # a radix sort for uint8
-    ends = np.cumsum(np.bincount(used, minlength=len(tables)))
-    begin = 0
-    for table, end in enumerate(ends.tolist()):
-        if end > begin:
-            yield table, order[begin:end]
-        begin = end
+    ends = np.cumsum(np.bincount(used, minlength=len(tables))).tolist()
+    members = enumerate(zip([0, *ends], ends, strict=False))
+    return order, [(table, slice(begin, end)) for table, (begin, end) in members if end > begin]
 
 
 def _encode_gamma(coder: constriction.stream.queue.RangeEncoder, distance: NDArray[np.int32]) -> None:
@@ -189,10 +192,10 @@ def _encode_gamma(coder: constriction.stream.queue.RangeEncoder, distance: NDArr
 
 def _decode_escapes(
     coder: constriction.stream.queue.RangeDecoder,
-    flat: NDArray[np.int16],
+    values: NDArray[np.int16],
     escapes: list[tuple[NDArray[np.intp], int, int]],
 ) -> None:
-    """Read the distances behind the symbols and put the escaped symbols, in the order coded, into `flat`."""
+    """Read the distances behind the symbols and put the escaped symbols, in the order coded, into `values`."""
     count = sum(len(places) for places, _, _ in escapes)
     if not count:
         return
@@ -210,4 +213,4 @@ def _decode_escapes(
         value = first + np.where(below, -(distance + 1) // 2, entries + distance // 2)
         if (value.astype(np.int16) != value).any():
             raise CorruptError("an escaped symbol is outside the range of int16")
-        flat[places] = value
+        values[places] = value

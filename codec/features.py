@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec import prior
+from hourglass.codec.quantise import narrow
 from hourglass.codec.runtime import STRIDE, Hyperprior, Model
 from hourglass.codec.settings import DEFAULT_QUALITY
 from hourglass.codec.tiles import Grid, Tile
@@ -49,7 +50,7 @@ def describe(model: Model, grid: Grid, parts: Iterable[tuple[Tile, NDArray[np.fl
     means = np.zeros((len(strongest), rows, columns), np.float32)
     squares = np.zeros(channels)
     for tile, values in parts:
-        core = np.concatenate([quarter[: channels // 4] for quarter in np.split(values, 4)])
+        core = narrow(values, channels // 4)
         top, left = tile.y // stride, tile.x // stride
         core = core[:, : -(-tile.height // stride), : -(-tile.width // stride)]
         means[:, top : top + core.shape[1], left : left + core.shape[2]] = core[strongest]

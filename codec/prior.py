@@ -133,7 +133,7 @@ def _steps(
     for step in range(STEPS):
         level, mean, features = model.step(step, z, known, features, units)
         table = model.level_tables[level]
-        for part, (_, down, across) in zip(np.split(table, 4), places(channels, step), strict=True):
+        for part, (_, down, across) in zip(quarters(table), places(channels, step), strict=True):
             part[:, -((down.start - rows) // 2) :] = 0
             part[:, :, -((across.start - columns) // 2) :] = 0
         chosen = choose(Part("y", table, mean, step))
@@ -159,6 +159,11 @@ def known_of(fine: NDArray[np.int32], unit: NDArray[np.float32]) -> NDArray[np.f
     return np.clip(known, -KNOWN, KNOWN, out=known)
 
 
+def quarters(x: NDArray[_Number]) -> NDArray[_Number]:
+    """(4 n, h, w) as (4, n, h, w), a view: the groups of channels, or the phases of what one step codes."""
+    return x.reshape(4, -1, *x.shape[1:])
+
+
 def places(channels: int, step: int) -> Iterator[tuple[slice, slice, slice]]:
     """Channels, rows and columns that `step` codes, for each phase."""
     size = channels // 4
@@ -169,7 +174,7 @@ def places(channels: int, step: int) -> Iterator[tuple[slice, slice, slice]]:
 
 def scatter(part: NDArray[Any], whole: NDArray[Any], step: int) -> None:
     """Put a part at its places in an array (C, h, w)."""
-    for values, place in zip(np.split(part, 4), places(len(whole), step), strict=True):
+    for values, place in zip(quarters(part), places(len(whole), step), strict=True):
         whole[place] = values
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec import entropy, prior
-from hourglass.codec.prior import Part
+from hourglass.codec.prior import Part, quarters
 from hourglass.codec.runtime import Analysis, Hyperprior, Model
 from hourglass.codec.watch import hop
 
@@ -93,24 +93,23 @@ def dequantise(
     core (C', h, w), rest (C - C', h, w): the model's channels; rest may be None where c is no larger than C'.
     """
     unit = (model.inverse_gain(quality) * np.float32(1 / prior.FINE)).reshape(4, -1, 1, 1)
-    for i, coded in enumerate(np.split(latent, 4)):
-        first = np.split(core, 4)[i][: len(coded)]
-        np.multiply(coded[: len(first)], unit[i, : len(first)], out=first)
-        if rest is not None and len(coded) > len(first):
-            second = np.split(rest, 4)[i][: len(coded) - len(first)]
-            np.multiply(coded[len(first) :], unit[i, len(first) : len(coded)], out=second)
+    coded, first = quarters(latent), quarters(core)
+    count = min(coded.shape[1], first.shape[1])
+    np.multiply(coded[:, :count], unit[:, :count], out=first[:, :count])
+    if rest is not None and coded.shape[1] > count:
+        more = coded.shape[1] - count
+        np.multiply(coded[:, count:], unit[:, count : count + more], out=quarters(rest)[:, :more])
 
 
 def narrow(whole: NDArray[_Number], count: int) -> NDArray[_Number]:
     """The first `count` channels of each quarter of an array (C, h, w)."""
-    return np.concatenate([quarter[:count] for quarter in np.split(whole, 4)])
+    return quarters(whole)[:, :count].reshape(-1, *whole.shape[1:])
 
 
 def widen(coded: NDArray[_Number], channels: int) -> NDArray[_Number]:
     """Inverse of `narrow`, with zeros."""
     whole = np.zeros((channels, *coded.shape[1:]), coded.dtype)
-    for quarter, part in zip(np.split(whole, 4), np.split(coded, 4), strict=True):
-        quarter[: len(part)] = part
+    quarters(whole)[:, : len(coded) // 4] = quarters(coded)
     return whole
 
 
@@ -149,10 +148,9 @@ def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, 
 
 def _width(scaled: NDArray[np.float32], widths: tuple[int, ...]) -> int:
     """Index of the smallest width that loses next to nothing of a latent times gain (C, rows, columns)."""
-    quarters = scaled.reshape(4, -1, *scaled.shape[1:])
-    room = _NOTHING * quarters[0, 0].size
+    room = _NOTHING * scaled[0].size
     for index, width in reversed(list(enumerate(widths[:-1]))):
-        for quarter in quarters:
+        for quarter in quarters(scaled):
             size = abs(quarter[width : widths[index + 1]])
             size = size[size > 0.5]
             # Bits that the error of leaving them out is worth, less the bits that they would take.

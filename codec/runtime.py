@@ -261,8 +261,6 @@ class Model:
                 # A busy server gains nothing from spinning.
                 options.add_session_config_entry("session.intra_op.allow_spinning", "0")
                 options.log_severity_level = 3
-                if file == "prior.onnx":  # its small layers gain nothing from a blocked layout
-                    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
                 data = self._file(file)
                 if file == "prior.onnx" and exactness.bounds(data) != self.manifest.get("exactness"):
                     raise ModelError(f"prior.onnx of model {self.id!r} is not as exact as its manifest says; reinstall")

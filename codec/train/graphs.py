@@ -45,19 +45,24 @@ class EncoderGraph(nn.Module):
 
     def __init__(self, net: Hourglass) -> None:
         super().__init__()
-        self.analysis = copy.deepcopy(net.analysis)
-        self.hyper_analysis = copy.deepcopy(net.hyper_analysis)
+        analysis, hyper = net.analysis, net.hyper_analysis
+        self.to_trunk, self.fine, self.coarse = copy.deepcopy(analysis.to_trunk), analysis.fine, analysis.coarse
+        self.to_latent, self.to_rest = _halving(analysis.to_latent), _halving(analysis.to_rest)
+        self.narrow, self.blocks = copy.deepcopy(hyper.narrow), hyper.blocks
+        self.to_half, self.to_quarter = _halving(hyper.to_half), _halving(hyper.to_quarter)
+        order = _by_row(8)
         with torch.no_grad():
-            self.analysis.to_trunk.weight /= 255  # samples stay 0..255: one pass over the picture less
-            self.analysis.to_rest.weight /= 255
-            self.hyper_analysis.narrow.weight *= torch.exp2(-net.prior.log_unit / integers.OCTAVE)[:, None, None]
+            for layer in (self.to_trunk, self.to_rest):  # samples stay 0..255: one pass over the picture less
+                layer.weight.copy_(layer.weight[:, order] / 255)
+            self.narrow.weight *= torch.exp2(-net.prior.log_unit / integers.OCTAVE)[:, None, None]
 
     def forward(self, image: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         _, height, width, _ = image.shape
-        d = image.reshape(1, height // 8, 8, width // 8, 8, 3).permute(0, 5, 2, 4, 1, 3)
-        y = self.analysis.from_depth(d.reshape(1, 192, height // 8, width // 8).float())
+        rows = image.reshape(height, width // 8, 24).permute(0, 2, 1).reshape(1, height // 8, 192, width // 8)
+        d = rows.permute(0, 2, 1, 3).float()
+        y = weave(self.coarse(self.to_latent(self.fine(self.to_trunk(d)))), self.to_rest(d))
         y = y[:, :, keep[0] : keep[1], keep[2] : keep[3]]
-        return y, self.hyper_analysis(y)
+        return y, self.to_quarter(self.blocks(self.to_half(F.silu(self.narrow(y)))))
 
 
 class DecoderGraph(nn.Module):
@@ -70,20 +75,19 @@ class DecoderGraph(nn.Module):
 
     def __init__(self, net: Hourglass) -> None:
         super().__init__()
-        self.synthesis = copy.deepcopy(net.synthesis)
-        last = self.synthesis.from_trunk
+        synthesis, order = net.synthesis, _by_row(8)
+        self.coarse, self.from_latent = synthesis.coarse, synthesis.from_latent
+        self.fine, self.overlap = synthesis.fine, synthesis.overlap
+        self.from_trunk, self.from_rest = copy.deepcopy(synthesis.from_trunk), copy.deepcopy(synthesis.from_rest)
         with torch.no_grad():
-            last.weight *= 255
-            self.synthesis.from_rest.weight *= 255
-            assert last.bias is not None
-            last.bias.mul_(255).add_(0.5)  # the cast below truncates
+            assert self.from_trunk.bias is not None
+            self.from_trunk.weight.copy_(255 * self.from_trunk.weight[order])
+            self.from_trunk.bias.copy_(255 * self.from_trunk.bias[order] + 0.5)  # a cast truncates
+            self.from_rest.weight.copy_(255 * self.from_rest.weight.reshape(192, 4, -1, 1, 1)[order].flatten(0, 1))
 
     def forward(self, core: Tensor, rest: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
-        d = self.synthesis.core_to_depth(core) + self.synthesis.rest_to_depth(rest)[:, :, :rest_end, :rest_end]
-        keep = 2 * keep
-        d = d[:, :, keep[0] : keep[1], keep[2] : keep[3]].clamp(0, 255).to(torch.uint8)
-        _, _, h, w = d.shape
-        return d.reshape(1, 3, 8, 8, h, w).permute(0, 4, 2, 5, 3, 1).reshape(1, 8 * h, 8 * w, 3)
+        d = self.from_trunk(self.overlap(self.fine(_doubled(self.from_latent(self.coarse(core))))))
+        return _picture(d, F.pixel_shuffle(self.from_rest(rest), 2)[:, :, :rest_end, :rest_end], keep, 8)
 
 
 class ReducedGraph(nn.Module):
@@ -100,6 +104,7 @@ class ReducedGraph(nn.Module):
         self.head = nn.Conv2d(net.shape.trunk, samples, 3)
         rest = net.synthesis.from_rest.weight.reshape(3, self.side, scale, self.side, scale, 4, -1).mean((2, 4))
         self.from_rest = nn.Conv2d(rest.shape[-1], 4 * samples, 1, bias=False)
+        rest = rest.flatten(0, 2)[_by_row(self.side)]
         self.from_rest.weight = nn.Parameter(255 * rest.reshape(4 * samples, -1, 1, 1))
 
     def features(self, core: Tensor) -> Tensor:
@@ -109,13 +114,8 @@ class ReducedGraph(nn.Module):
         return padded
 
     def forward(self, core: Tensor, rest: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
-        d = self.head(self.features(core)) + F.pixel_shuffle(self.from_rest(rest), 2)[:, :, :rest_end, :rest_end]
-        keep = 2 * keep
-        d = d[:, :, keep[0] : keep[1], keep[2] : keep[3]].clamp(0, 255).to(torch.uint8)
-        _, _, h, w = d.shape
-        side = self.side
-        image: Tensor = d.reshape(1, 3, side, side, h, w).permute(0, 4, 2, 5, 3, 1).reshape(1, side * h, side * w, 3)
-        return image
+        linear = F.pixel_shuffle(self.from_rest(rest), 2)[:, :, :rest_end, :rest_end]
+        return _picture(self.head(self.features(core)), linear, keep, self.side)
 
     @torch.no_grad()
     def fit(self, net: Hourglass, latents: Iterable[Tensor]) -> None:
@@ -126,7 +126,7 @@ class ReducedGraph(nn.Module):
         for latent in latents:
             core, _ = unweave(latent, net.shape.core)
             wanted = F.avg_pool2d(F.pixel_shuffle(net.synthesis.core_to_depth(core), 8), self.scale)
-            b = F.pixel_unshuffle(wanted, self.side)[0].flatten(1).double()
+            b = F.pixel_unshuffle(wanted, self.side)[0][_by_row(self.side)].flatten(1).double()
             a = F.unfold(self.features(core), 3)[0].double()
             a = torch.cat([a, torch.ones_like(a[:1])])
             squares += a @ a.T
@@ -135,6 +135,39 @@ class ReducedGraph(nn.Module):
         solved = torch.linalg.solve(squares, products).float().T * 255
         self.head.weight.copy_(solved[:, :-1].reshape(self.head.weight.shape))
         self.head.bias.copy_(solved[:, -1] + 0.5)  # type: ignore[union-attr]  # the cast truncates
+
+
+def _by_row(side: int) -> Tensor:
+    """Order of the channels (3, side, side) of space-to-depth that has pixels side by side: (side, side, 3).
+
+    onnxruntime moves whole rows fast, single samples slowly: with the other order that alone took a tenth of decoding.
+    """
+    return torch.arange(3 * side**2).reshape(3, -1).T.flatten()
+
+
+def _picture(d: Tensor, linear: Tensor, keep: Tensor, side: int) -> Tensor:
+    """Two parts, (1, 3 side^2, 2 h, 2 w) and of that shape or 1x1, channels `_by_row` -> (1, H, W, 3) uint8."""
+    keep = 2 * keep
+    d = (d + linear)[:, :, keep[0] : keep[1], keep[2] : keep[3]].clamp(0, 255).to(torch.uint8)
+    _, _, h, w = d.shape
+    rows = d.permute(0, 2, 1, 3).reshape(side * h, 3 * side, w)
+    return rows.permute(0, 2, 1).reshape(1, side * h, side * w, 3)
+
+
+def _halving(layer: nn.Conv2d) -> nn.Conv2d:
+    """What space-to-depth by 2 and then a 1x1 layer do, as one convolution; for onnxruntime half the work."""
+    weight = layer.weight.detach()
+    one = nn.Conv2d(weight.shape[1] // 4, weight.shape[0], 2, stride=2)
+    one.weight = nn.Parameter(weight.reshape(*one.weight.shape).clone())
+    one.bias = layer.bias
+    return one
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """Depth-to-space by 2, (1, 4 C, h, w) -> (1, C, 2 h, 2 w), first along rows, then row by row; see `_by_row`."""
+    _, channels, h, w = x.shape
+    rows = x.reshape(channels // 2, 2, h * w).permute(0, 2, 1).reshape(channels // 4, 2, h, 2 * w)
+    return rows.permute(0, 2, 1, 3).reshape(1, channels // 4, 2 * h, 2 * w)
 
 
 class ClassicEncoderGraph(nn.Module):

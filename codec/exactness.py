@@ -157,7 +157,7 @@ def _scale(value: _Value) -> NDArray[np.float64]:
 def _result(node: _Node, inputs: list[_Value]) -> _Value:
     first = inputs[0]
     match node.operator:
-        case "Slice" | "DepthToSpace":
+        case "Slice" | "DepthToSpace" | "SpaceToDepth":
             return replace(first, constant=None, scale=None)
         case "Identity":
             return first

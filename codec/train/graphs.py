@@ -364,30 +364,16 @@ class _Nodes:
         """Clip and round down; in this order onnxruntime makes one operator of the convolution and the clip."""
         return self.add("Floor", self.clip(total, after.low, after.high))
 
-    def layer(self, name: str, x: str, layer: IntegerLayer | _Narrow) -> str:
-        """A pointwise or depthwise layer."""
+    def layer(self, name: str, x: str, layer: IntegerLayer | _Narrow, group: int = 1) -> str:
+        """A pointwise or depthwise layer. group: its inputs are in so many groups, each with outputs of its own."""
         weight, bias, factor = layer.integers()
-        attributes: dict[str, Any] = {}
+        attributes: dict[str, Any] = {"group": group}
         if weight.dim() == 4:  # depthwise
             pad = weight.shape[2] // 2
             attributes = {"group": len(weight), "pads": [pad] * 4}
         else:
             weight = weight[:, :, None, None]
         return self.requantise(self.convolve(name, x, weight, bias, factor, **attributes), layer.after)
-
-    def per_phase(self, name: str, phases: list[str], layer: IntegerLayer | _Narrow) -> str:
-        """A layer with weights of its own for each phase, on the phases of its input."""
-        parts = [
-            self.convolve(f"{name}.{p}", x, w[:, :, None, None], b, f)
-            for p, (x, w, b, f) in enumerate(zip(phases, *(v.chunk(4) for v in layer.integers()), strict=True))
-        ]
-        return self.requantise(self.add("Concat", *parts, axis=1), layer.after)
-
-    def phase(self, x: str, p: int) -> str:
-        """Every second row and column, from those of phase p."""
-        start, end = np.array([p // 2, p % 2]), np.array([2**31, 2**31])
-        arguments = (start, end, np.array([2, 3]), np.array([2, 2]))
-        return self.add("Slice", x, *(self.constant(a.astype(np.int64)) for a in arguments))
 
     def depthwise_part(self, name: str, x: str, layer: Depthwise | _Narrow, step: int) -> str:
         """What a 3x3 depthwise layer gives for the elements that `step` codes, and only these."""
@@ -551,12 +537,12 @@ def _branch(step: integers.Step, width: int, features: str, known: str) -> onnx.
         spatial = nodes.layer("spatial", known, _Narrow(step.spatial, width, latent))
         inputs, mix = nodes.add("Concat", features, spatial, axis=1), _Narrow(step.mix, width, latent, step.spatial)
     hidden = nodes.layer("deepen", nodes.layer("mix", inputs, mix), step.deepen)
-    phases = [nodes.phase(hidden, p) for p in range(4)]
-    mean = nodes.per_phase("mean", phases, _Narrow(step.mean, width, latent))
+    phases = nodes.add("SpaceToDepth", hidden, blocksize=2)
+    mean = nodes.layer("mean", phases, _Narrow(step.mean, width, latent), group=4)
     if number:
         direct = nodes.depthwise_part("direct", known, _Narrow(step.direct, width, latent), number)
         mean = nodes.add("Add", mean, direct)
-    return _graph(nodes, [mean, nodes.per_phase("scale", phases, _Narrow(step.scale, width, latent))])
+    return _graph(nodes, [mean, nodes.layer("scale", phases, _Narrow(step.scale, width, latent), group=4)])
 
 
 def _graph(nodes: _Nodes, outputs: list[str], shape: tuple[int | str, str | int, str, str] = _PART) -> onnx.GraphProto:

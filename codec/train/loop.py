@@ -274,9 +274,12 @@ def run(state: State, settings: Settings, pieces: Pieces, held_out: Pieces, out:
         total=settings.steps, initial=state.step, unit="step", mininterval=1, dynamic_ncols=True, disable=not shown
     )
     started = saved = time.monotonic()
-    base, first, losses = state.seconds, state.step, torch.zeros(2)  # sum and number since the last row
+    base, first = state.seconds, state.step
+    # Since the last row, summed on the device: to look at it at every step would make a GPU wait for the CPU.
+    losses, counted = torch.zeros((), device=pieces.pixels.device), 0
     while state.step < settings.steps:
-        losses += torch.tensor([float(step(state, settings, pieces)), 1.0])
+        losses += step(state, settings, pieces)
+        counted += 1
         now = time.monotonic()
         state.seconds = base + now - started
         bar.update()
@@ -285,11 +288,12 @@ def run(state: State, settings: Settings, pieces: Pieces, held_out: Pieces, out:
             row = {
                 "step": state.step,
                 "seconds": round(state.seconds),
-                "loss": round(float(losses[0] / losses[1]), 4),
+                "loss": round(float(losses) / counted, 4),
                 "steps_per_second": round((state.step - first) / (now - started), 2),
                 "held_out": measure(state.ema, held_out),
             }
             losses.zero_()
+            counted = 0
             _report(row, settings, out)
         if shown and (last or now - saved > 300):
             _save(state, settings, out / "checkpoint.pt")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hourglass.codec import vips
 from hourglass.codec.errors import CorruptError
-from hourglass.codec.reader import BAND_PIXELS, bands, quiet
+from hourglass.codec.reader import bands, pillow_of, quiet
 from hourglass.codec.watch import hop
 
 if TYPE_CHECKING:
@@ -33,8 +33,16 @@ _SMALL = 1 << 16
 
 _WEBP_SIDE = 16383
 
+_ROOM = 240_000_000
+"""Bytes that making a lossless WebP may take beside the picture twice: what 350 MB leave beside the libraries."""
+
+_WAYS = (((4, 80), 27, 11, 6), ((0, 80), 14, 10, 12), ((2, 20), 15, 17, 6))
+"""Method and quality of WebP; bytes a pixel that this takes of next to nothing, how much more of noise, and from how
+many bits a pixel on a picture counts as noise. The first has the smallest files and takes the most memory. Of the
+others the second looks a million pixels back, the third only 16 rows, but with all of WebP's transforms."""
+
 LARGE = 1 << 24
-"""Pixels above which PNG is taken: to make a lossless WebP takes 12 to 30 bytes of memory a pixel."""
+"""Pixels of a WebP above which libvips decodes it, where it is installed."""
 
 _ALPHA = {1: "LA", 3: "RGBA"}
 
@@ -51,12 +59,10 @@ def pack(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None, thor
     first = all((part[0] == part[0, 0]).all() for part in parts)
     if first and all((part[top : top + _STRIP] == part[0]).all() for part in parts for top in tops):
         return b"".join(part[:1, :1].tobytes() for part in parts)
-    picture = _pillow(colour, alpha)
-    found = []
-    if max(height, width) <= _WEBP_SIDE and height * width <= LARGE:
-        method, quality = (6, 100) if thorough else (4, 80)
-        found.append(_saved(picture, "WEBP", lossless=True, exact=True, method=method, quality=quality))
-    if not found or height * width <= _SMALL:
+    picture = pillow_of(colour, alpha)
+    ways = _webp_ways(colour, alpha, thorough)
+    found = [_saved(picture, "WEBP", lossless=True, exact=True, method=way[0], quality=way[1]) for way in ways]
+    if ways in ([], [_WAYS[1][0]]) or height * width <= _SMALL:
         if picture.mode in ("L", "RGB") and (colours := picture.getcolors(256)):
             few = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=len(colours))
             parted = zip(bands(few), bands(picture), strict=True)
@@ -101,6 +107,27 @@ def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> 
     return pixels
 
 
+def _webp_ways(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None, thorough: bool) -> list[tuple[int, int]]:
+    """Methods and qualities of WebP that there is memory for; the smallest file of them is taken."""
+    height, width = colour.shape[:2]
+    if max(height, width) > _WEBP_SIDE:
+        return []
+    samples = (1 if colour.ndim == 2 else 3) + (alpha is not None)
+    # Pillow has four bytes a pixel, or one, and WebP is given four of all that is grey.
+    room = _ROOM / (height * width) + samples - {1: 5, 2: 8}.get(samples, 4)
+    if thorough and room >= 53:  # what noise takes
+        return [(6, 100)]
+    if room >= 39:
+        return [(4, 80)]
+    if room < min(least for _, least, *_ in _WAYS):
+        return []
+    rows = [row for row in range(height) if row % (12 * _STRIP) < _STRIP]
+    part = pillow_of(colour[rows], None if alpha is None else alpha[rows])
+    bits = 8 * len(_hurried(part)) / (len(rows) * width)
+    ways = [way for way, least, more, noise in _WAYS if least + more * min(1, bits / noise) <= room]
+    return ways[:1] if ways[:1] == [(4, 80)] else ways
+
+
 class Outlook:
     """What `pack` may come to, judged by a row of every eleven, by strips of rows, and by how many rows come twice.
 
@@ -129,7 +156,7 @@ class Outlook:
         part = self._taken(self._strips)[:, :_WEBP_SIDE]
         colour, alpha = (part, None) if self._alpha is None else (part[..., :-1], part[..., -1])
         colour = colour[..., 0] if colour.ndim > self._colour.ndim else colour
-        hurried = len(_saved(_pillow(colour, alpha), "WEBP", lossless=True, method=2, quality=20))
+        hurried = len(_hurried(pillow_of(colour, alpha)))
         share = part.shape[0] * part.shape[1] / (self._height * self._width)
         return bool(hurried / share * self._fresh < 3.5 * size)
 
@@ -181,18 +208,8 @@ class Outlook:
         return len(set(self._checksums)) / self._height
 
 
-def _pillow(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Image.Image:
-    """Pillow's picture, with nothing else of its size on the way there."""
-    from PIL import Image
-
-    if alpha is None:
-        return Image.fromarray(colour)
-    height, width = alpha.shape
-    picture = Image.new("LA" if colour.ndim == 2 else "RGBA", (width, height))
-    rows = max(1, BAND_PIXELS // width)
-    for y in range(0, height, rows):
-        picture.paste(Image.fromarray(np.dstack((colour[y : y + rows], alpha[y : y + rows]))), (0, y))
-    return picture
+def _hurried(picture: Image.Image) -> bytes:
+    return _saved(picture, "WEBP", lossless=True, method=2, quality=20)
 
 
 def _saved(picture: Image.Image, format: str, **options: Any) -> bytes:

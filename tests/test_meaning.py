@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageDraw
 
 from hourglass.client import Client
-from hourglass.codec import Codec, Metadata, Picture, errors, image, metrics
+from hourglass.codec import Codec, Metadata, Picture, errors, image, lossless, metrics
 from hourglass.codec.lossless import _EVERY, _SPACING, _STRIP
 
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
@@ -167,7 +167,35 @@ def test_a_drawing_is_stored_without_loss(quality: float, codec: Codec, client: 
         codec.unpack(data)
 
 
-PATTERNS = ["wallpaper", "stripes", "lines of noise", "noise beside nothing", "checks", "noise where it is looked"]
+def test_without_loss_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebP takes leaner ways where there is less room, and PNG the place of it in the end."""
+    drawing, photo = _drawing()[:150], np.random.default_rng(1).integers(0, 256, (150, 500, 3), np.uint8)
+    for colour, alpha in ((drawing, None), (photo, None), (drawing, photo[..., 0]), (drawing[..., 0], None)):
+        kinds = []
+        for room in (100, 45, 35, 28, 22, 2):
+            monkeypatch.setattr("hourglass.codec.lossless._ROOM", room * 150 * 500)
+            data = lossless.pack(colour, alpha)
+            back = lossless.unpack(data, 500, 150, 1 if colour.ndim == 2 else 3)
+            assert np.array_equal(back, colour if alpha is None else np.dstack((colour, alpha)))
+            kinds.append(data[:4])
+        assert (kinds[0], kinds[-1]) == (b"RIFF", b"\x89PNG")
+
+
+def test_a_codec_that_has_rested_goes_on(photo: Path) -> None:
+    coder = Codec()
+    data = coder.encode(photo)
+    coder.rest()
+    assert coder.encode(photo) == data
+
+
+PATTERNS = [
+    "wallpaper",
+    "stripes",
+    "lines of noise",
+    "noise beside nothing",
+    "checks",
+    "noise where it is looked",
+]
 
 
 @pytest.mark.parametrize("kind", PATTERNS)

@@ -190,6 +190,8 @@ def test_a_codec_that_has_rested_goes_on(photo: Path) -> None:
 
 PATTERNS = [
     "wallpaper",
+    "shifted wallpaper",
+    "scattered",
     "stripes",
     "lines of noise",
     "noise beside nothing",
@@ -206,6 +208,12 @@ def test_no_pattern_is_larger_than_without_loss(kind: str, codec: Codec) -> None
     noise = chance.integers(0, 256, (100, 100, 3), np.uint8)
     if kind == "wallpaper":
         picture[:] = np.tile(noise, (6, 7, 1))
+    elif kind == "shifted wallpaper":
+        for y in range(0, 600, 100):
+            picture[y : y + 100] = np.roll(np.tile(noise, (1, 7, 1)), chance.integers(100), axis=1)
+    elif kind == "scattered":
+        for y, x in zip(chance.integers(0, 500, 300), chance.integers(0, 600, 300), strict=True):
+            picture[y : y + 100, x : x + 100] = noise
     elif kind == "stripes":
         picture[:] = np.tile(noise[:1], (600, 7, 1))
     elif kind == "lines of noise":

@@ -343,7 +343,8 @@ def _each(targets: dict[str, str], work: Callable[[str, str], Any], as_json: boo
 
 
 def _complain(name: str, message: str, status: int) -> int:
-    click.echo(f"compress-image: {'stdin' if name == STREAM else name}: {message}", err=True)
+    said = message.removeprefix(f"{name} ")  # "a.png: a.png is cut short" would say it twice
+    click.echo(f"compress-image: {'stdin' if name == STREAM else name}: {said}", err=True)
     return status
 
 
@@ -357,7 +358,8 @@ def _encode(coder: Coder, options: Options, name: str, target: str) -> Report:
             coder.encode_strips(rows, file, **options.settings)
         seconds, source = time.perf_counter() - started, Path(name).stat().st_size
         return _report(name, target, target, (source, Path(target).stat().st_size), (None, None), seconds)
-    content = _read(name)
+    regular = name != STREAM and Path(name).is_file()
+    content = name if regular else _read(name)  # a pipe can be read once only
     with _quietly():
         data = coder.encode(content, **options.settings)
     seconds = time.perf_counter() - started
@@ -365,7 +367,8 @@ def _encode(coder: Coder, options: Options, name: str, target: str) -> Report:
     if options.metrics:
         psnr, ms_ssim = _distortion(content, coder.decode_picture(data), options.settings)
     _write(target, data)
-    return _report(name, target, data, (len(content), len(data)), (psnr, ms_ssim), seconds)
+    source = Path(name).stat().st_size if regular else len(content)
+    return _report(name, target, data, (source, len(data)), (psnr, ms_ssim), seconds)
 
 
 @contextlib.contextmanager
@@ -399,7 +402,7 @@ def _rows(coder: Coder, options: Options, name: str, target: str) -> strips.Stri
     return None
 
 
-def _distortion(content: bytes, decoded: codec.Picture, settings: codec.Settings) -> tuple[float, float]:
+def _distortion(content: str | bytes, decoded: codec.Picture, settings: codec.Settings) -> tuple[float, float]:
     """PSNR and MS-SSIM of what is seen: where there is alpha, of both pictures on white."""
     pair = [image.seen(picture) for picture in (load(content, None, settings), decoded)]
     return metrics.psnr(*pair), metrics.ms_ssim(*pair)
@@ -416,6 +419,8 @@ def _decode(coder: Coder, options: Options, name: str, target: str) -> Report:
         return _report(name, target, name, sizes, (None, None), time.perf_counter() - started)
     data = _read(name)
     decoded = coder.decode_picture(data, **options.view)
+    if isinstance(coder, codec.Codec) and decoded.width * decoded.height > LARGE:
+        coder.rest()
     picture = image.write(decoded, format)
     seconds = time.perf_counter() - started
     _write(target, picture)

@@ -44,6 +44,7 @@ from hourglass.codec.reader import (
     describing,
     or_none,
     pillow_errors,
+    pillow_of,
     quiet,
 )
 from hourglass.codec.strips import StripWriter
@@ -208,7 +209,6 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
 
 def save(picture: Picture | Pixels, format: str) -> tuple[bytes, list[str]]:
     """What `write` does, with the losses as a list: warnings are no way to pass them on from a thread."""
-    from PIL import Image
 
     if not isinstance(picture, Picture):
         picture = _from_array(picture, Limits(pixels=1 << 62))
@@ -217,34 +217,34 @@ def save(picture: Picture | Pixels, format: str) -> tuple[bytes, list[str]]:
         picture = _grey_in_srgb(picture)  # it is written as RGB, which a grey profile does not fit
     with quiet():
         metadata, losses = _fitting(picture.metadata, format)
-    pixels = picture.pixels
-    if picture.alpha is not None and "alpha" not in FORMATS[format].holds:
+    colour, alpha = picture.colour, picture.alpha
+    if alpha is not None and "alpha" not in FORMATS[format].holds:
         losses.append(f"{format} holds no transparency; it is put on white")
-        pixels = on_white(picture.colour, picture.alpha)
+        colour, alpha = on_white(colour, alpha), None
     large = picture.width * picture.height > _LARGE and format in STRIP_WRITABLE
-    if large and (written := _by_rows(pixels, metadata, format)) is not None:
+    if large and alpha is None and (written := _by_rows(colour, metadata, format)) is not None:
         return written, losses
     out = io.BytesIO()
     try:
         with quiet():
             options = {**_OPTIONS.get(format, {}), **_save_options(metadata, format)}
-            if format == "AVIF" and pixels.ndim == 2:
+            if format == "AVIF" and colour.ndim == 2 and alpha is None:
                 options["subsampling"] = "4:0:0"
-            Image.fromarray(pixels).save(out, format, **options)
+            pillow_of(colour, alpha).save(out, format, **options)
     except (OSError, ValueError, MemoryError) as exc:
         size = f"{picture.width}x{picture.height}"
         raise InvalidArgument(f"a picture of {size} pixels cannot be written as {format}: {exc}") from exc
     return out.getvalue(), losses
 
 
-def _by_rows(pixels: Pixels, metadata: Metadata, format: str) -> bytes | None:
-    """A large picture without alpha: by rows it takes less time and memory; None where that would lose metadata."""
+def _by_rows(colour: Pixels, metadata: Metadata, format: str) -> bytes | None:
+    """A large picture: by rows it takes less time and memory; None where that would lose metadata."""
     holds = FORMATS[format].by_rows or frozenset()
-    if pixels.shape[2:] not in ((), (3,)) or any(getattr(metadata, kind) for kind in {*KINDS} - holds):
+    if any(getattr(metadata, kind) for kind in {*KINDS} - holds):
         return None
     out = io.BytesIO()
-    with StripWriter(out, format, pixels.shape[1], pixels.shape[0], pixels.ndim == 2, metadata) as writer:
-        writer.write(pixels)
+    with StripWriter(out, format, colour.shape[1], colour.shape[0], colour.ndim == 2, metadata) as writer:
+        writer.write(colour)
     return out.getvalue()
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hourglass.codec import vips
 from hourglass.codec.errors import CorruptError
-from hourglass.codec.reader import BAND_PIXELS, bands, quiet
+from hourglass.codec.reader import bands, pillow_of, quiet
 from hourglass.codec.watch import hop
 
 if TYPE_CHECKING:
@@ -33,8 +33,16 @@ _SMALL = 1 << 16
 
 _WEBP_SIDE = 16383
 
+_ROOM = 240_000_000
+"""Bytes that making a lossless WebP may take beside the picture twice: what 350 MB leave beside the libraries."""
+
+_WAYS = (((4, 80), 27, 11, 6), ((0, 80), 14, 10, 12), ((2, 20), 15, 17, 6))
+"""Method and quality of WebP; bytes a pixel that this takes of next to nothing, how much more of noise, and from how
+many bits a pixel on a picture counts as noise. The first has the smallest files and takes the most memory. Of the
+others the second looks a million pixels back, the third only 16 rows, but with all of WebP's transforms."""
+
 LARGE = 1 << 24
-"""Pixels above which PNG is taken: to make a lossless WebP takes 12 to 30 bytes of memory a pixel."""
+"""Pixels of a WebP above which libvips decodes it, where it is installed."""
 
 _ALPHA = {1: "LA", 3: "RGBA"}
 
@@ -51,12 +59,10 @@ def pack(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None, thor
     first = all((part[0] == part[0, 0]).all() for part in parts)
     if first and all((part[top : top + _STRIP] == part[0]).all() for part in parts for top in tops):
         return b"".join(part[:1, :1].tobytes() for part in parts)
-    picture = _pillow(colour, alpha)
-    found = []
-    if max(height, width) <= _WEBP_SIDE and height * width <= LARGE:
-        method, quality = (6, 100) if thorough else (4, 80)
-        found.append(_saved(picture, "WEBP", lossless=True, exact=True, method=method, quality=quality))
-    if not found or height * width <= _SMALL:
+    picture = pillow_of(colour, alpha)
+    ways = _webp_ways(colour, alpha, thorough)
+    found = [_saved(picture, "WEBP", lossless=True, exact=True, method=way[0], quality=way[1]) for way in ways]
+    if ways in ([], [_WAYS[1][0]]) or height * width <= _SMALL:
         if picture.mode in ("L", "RGB") and (colours := picture.getcolors(256)):
             few = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=len(colours))
             parted = zip(bands(few), bands(picture), strict=True)
@@ -101,8 +107,29 @@ def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> 
     return pixels
 
 
+def _webp_ways(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None, thorough: bool) -> list[tuple[int, int]]:
+    """Methods and qualities of WebP that there is memory for; the smallest file of them is taken."""
+    height, width = colour.shape[:2]
+    if max(height, width) > _WEBP_SIDE:
+        return []
+    samples = (1 if colour.ndim == 2 else 3) + (alpha is not None)
+    # Pillow has four bytes a pixel, or one, and WebP is given four of all that is grey.
+    room = _ROOM / (height * width) + samples - {1: 5, 2: 8}.get(samples, 4)
+    if thorough and room >= 53:  # what noise takes
+        return [(6, 100)]
+    if room >= 39:
+        return [(4, 80)]
+    if room < min(least for _, least, *_ in _WAYS):
+        return []
+    rows = [row for row in range(height) if row % (12 * _STRIP) < _STRIP]
+    part = pillow_of(colour[rows], None if alpha is None else alpha[rows])
+    bits = 8 * len(_hurried(part)) / (len(rows) * width)
+    ways = [way for way, least, more, noise in _WAYS if least + more * min(1, bits / noise) <= room]
+    return ways[:1] if ways[:1] == [(4, 80)] else ways
+
+
 class Outlook:
-    """What `pack` may come to, judged by a row of every eleven, by strips of rows, and by how many rows come twice.
+    """What `pack` may come to, judged by a row of every eleven, by strips of rows, and by what comes twice.
 
     Which rows are looked at depends on all of the picture, so that none can be made to look good or bad at them. On
     drawings and screenshots zlib on differences is at most 7 times as large as WebP, and WebP in a hurry 3 times; only
@@ -124,16 +151,17 @@ class Outlook:
         """Whether `pack` may come to `size` bytes or less."""
         if self.is_nearly_empty or self._deflated < 2 * size:
             return True
-        if self._deflated > 10 * size:
-            return False
+        deflated = self._deflated * min(1, self._new / self._fresh)
+        if not 2 * size <= deflated <= 10 * size:
+            return deflated < 2 * size
         part = self._taken(self._strips)[:, :_WEBP_SIDE]
         colour, alpha = (part, None) if self._alpha is None else (part[..., :-1], part[..., -1])
         colour = colour[..., 0] if colour.ndim > self._colour.ndim else colour
-        hurried = len(_saved(_pillow(colour, alpha), "WEBP", lossless=True, method=2, quality=20))
+        hurried = len(_hurried(pillow_of(colour, alpha)))
         share = part.shape[0] * part.shape[1] / (self._height * self._width)
-        return bool(hurried / share * self._fresh < 3.5 * size)
+        return bool(hurried / share * min(self._fresh, self._new) < 3.5 * size)
 
-    def _taken(self, rows: list[int]) -> NDArray[np.uint8]:
+    def _taken(self, rows: list[int] | slice) -> NDArray[np.uint8]:
         """Some rows of colour and alpha in one array."""
         if self._alpha is None:
             return self._colour[rows]
@@ -162,6 +190,26 @@ class Outlook:
         return float(deflated * self._height / len(part) * self._fresh)
 
     @cached_property
+    def _new(self) -> float:
+        """Share of the content that is not the same as something before it, far off, shifted sideways or not.
+
+        WebP finds such a thing a million pixels back, zlib 32 kB. Of a photograph everything is new.
+        """
+        count, most = self._height * self._width, 1 << 21
+        if max(self._height, self._width) > _WEBP_SIDE or count > LARGE:
+            return 1.0
+        if count <= most:
+            keys = _landmarks(self._taken(slice(None)))
+            return len(np.unique(keys)) / len(keys) if len(keys) else 1.0
+        rows, new, total = most // 2 // self._width, 0, 0
+        for half in (0, 1):  # of each a stretch, in whose second half there is enough to look back to
+            start = half * self._height // 2 + self._chosen(half, self._height // 2 - rows + 1)
+            _, first = np.unique(keys := _landmarks(self._taken(slice(start, start + rows))), return_index=True)
+            new += int((first >= len(keys) // 2).sum())
+            total += len(keys) - len(keys) // 2
+        return new / total if total else 1.0
+
+    @cached_property
     def _checksums(self) -> list[int]:
         """Of each row."""
         rows = np.ascontiguousarray(self._colour).reshape(self._height, -1)
@@ -181,18 +229,51 @@ class Outlook:
         return len(set(self._checksums)) / self._height
 
 
-def _pillow(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Image.Image:
-    """Pillow's picture, with nothing else of its size on the way there."""
-    from PIL import Image
+def _landmarks(part: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """(h, w) or (h, w, c) uint8 -> (n,) uint64: checksums of 16 pixels at places that the pixels there choose.
 
-    if alpha is None:
-        return Image.fromarray(colour)
-    height, width = alpha.shape
-    picture = Image.new("LA" if colour.ndim == 2 else "RGBA", (width, height))
-    rows = max(1, BAND_PIXELS // width)
-    for y in range(0, height, rows):
-        picture.paste(Image.fromarray(np.dstack((colour[y : y + rows], alpha[y : y + rows]))), (0, y))
-    return picture
+    So the same content has the same places, wherever it lies. A place is where two neighbours differ, and about one
+    such in 256 to 1024 is taken.
+    """
+    step = 1 if part.ndim == 2 else part.shape[2]
+    flat, length = np.ascontiguousarray(part).reshape(-1), 16 * step
+    end = flat.size - length - 7
+    if end <= 0:
+        return np.empty(0, np.uint64)
+
+    def mixed(places: NDArray[np.int64] | slice) -> NDArray[np.uint8]:
+        near = flat[places] * np.uint8(157) ^ flat[1:][places]
+        return (near * np.uint8(59) ^ flat[9:][places]) * np.uint8(203)
+
+    # Of few colours not every value is there: the one is taken that is as frequent as of many it would be.
+    some = np.arange(0, end, 29)
+    some = some[flat[some] != flat[some + step]]
+    counts = np.bincount(mixed(some), minlength=256)
+    present = np.flatnonzero(counts)
+    if not len(present):
+        return np.empty(0, np.uint64)
+    chosen = present[np.abs(counts[present] - len(some) / 256).argmin()]
+    found = []
+    for start in range(0, end, 1 << 16):  # what fits into a core's cache
+        block = slice(start, min(start + (1 << 16), end))
+        same = mixed(block) == chosen
+        same &= flat[block] != flat[step:][block]
+        found.append(start + np.flatnonzero(same))
+    at = np.concatenate(found)
+    if len(at) > 1 << 12:  # a quarter tells as much
+        quarter = (flat[at + 2] * np.uint8(91) ^ flat[at + 13]) * np.uint8(77) >> 6
+        at = at[quarter == np.bincount(quarter).argmax()]
+    windows = np.lib.stride_tricks.sliding_window_view(flat, 8)
+    keys = np.zeros(len(at), np.uint64)
+    for place in range(0, length, 8):
+        keys ^= np.ascontiguousarray(windows[at + place]).view(np.uint64)[:, 0]
+        keys *= np.uint64(0x9E3779B97F4A7C15)
+        keys ^= keys >> np.uint64(29)
+    return keys
+
+
+def _hurried(picture: Image.Image) -> bytes:
+    return _saved(picture, "WEBP", lossless=True, method=2, quality=20)
 
 
 def _saved(picture: Image.Image, format: str, **options: Any) -> bytes:

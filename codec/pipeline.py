@@ -50,6 +50,9 @@ from hourglass.codec.tiles import Grid, Piece, Tile, conceal, pack_tile, patch, 
 
 _Result = TypeVar("_Result")
 
+_ROOMY = 1 << 21
+"""Pixels above which what needs several copies of a picture first has the models closed."""
+
 _LEAST_TILE = 22
 """No tile takes fewer bytes than this, its entry in the header included."""
 
@@ -354,6 +357,14 @@ class Codec:
             shape = (16, width, 3) if model.colours == 3 else (16, width)
             self.decode(self.encode(np.zeros(shape, np.uint8), fallback=False))
 
+    def rest(self) -> None:
+        """Give back the memory of what is loaded. It is loaded again when it is used, which takes a moment."""
+        with self._lock:
+            models = [*self._models.values()]
+        for model in models:
+            model.rest()
+        runtime.trim()
+
     def _model(self, model_id: str, threads: int = 0) -> runtime.Model:
         key = model_id, threads or self._threads
         with self._lock:
@@ -449,7 +460,16 @@ class Codec:
         """source: bytes of the file that the picture came from, for a target in per cent of it."""
         thorough = settings.get("effort") == "best"
         outlook = lossless.Outlook(picture.colour, picture.alpha) if settings.get("fallback", True) else None
-        stored = cache(lambda: _stored(picture, thorough))
+
+        @cache
+        def stored() -> bytes:
+            if large := picture.width * picture.height > _ROOMY:
+                self.rest()
+            data = _stored(picture, thorough)
+            if large:  # Pillow's copy is still the process's: the learned codec may come after this
+                runtime.trim()
+            return data
+
         limit = self._limit(picture, source, settings)
         next_to_nothing = min(_LEAST_TILE * len(self._grid(picture)), limit or math.inf)
         if outlook and outlook.is_nearly_empty and len(stored()) <= next_to_nothing:

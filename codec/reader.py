@@ -385,6 +385,20 @@ def bands(picture: Image.Image) -> Iterator[Image.Image]:
         yield picture.crop((0, y, picture.width, min(picture.height, y + rows)))
 
 
+def pillow_of(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None) -> Image.Image:
+    """Pillow's picture of (H, W) or (H, W, 3) and (H, W) uint8, with nothing else of its size on the way there."""
+    from PIL import Image
+
+    if alpha is None:
+        return Image.fromarray(colour)
+    height, width = alpha.shape
+    picture = Image.new("LA" if colour.ndim == 2 else "RGBA", (width, height))
+    rows = max(1, BAND_PIXELS // width)
+    for y in range(0, height, rows):
+        picture.paste(Image.fromarray(np.dstack((colour[y : y + rows], alpha[y : y + rows]))), (0, y))
+    return picture
+
+
 def _opaque(part: Image.Image, space: str) -> Image.Image:
     """The colours of a band without its alpha, as `space` or RGB."""
     if part.mode in ("La", "RGBa"):

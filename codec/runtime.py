@@ -11,10 +11,12 @@ is needed.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,6 +133,12 @@ def open_model(model_id: str, zoo: Path = ZOO, threads: int | None = None) -> Mo
         return family(model_id, zoo / model_id, manifest, threads or usable_cores())
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise ModelError(f"model {model_id!r} has an unusable manifest: {exc!r}; reinstall the package") from exc
+
+
+def trim() -> None:
+    """Give free memory back to the system, which glibc does not do by itself."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 class Model:
@@ -250,6 +258,11 @@ class Model:
                 shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
                 raise HourglassError(f"{file} of model {self.id!r} failed on {shapes}: {exc}") from exc
         return results
+
+    def rest(self) -> None:
+        """Close the sessions; they are opened again when they are used."""
+        with self._lock:
+            self._sessions.clear()
 
     def _open(self, file: str) -> ort.InferenceSession:
         import onnxruntime as ort

@@ -159,6 +159,12 @@ def test_unwritable_output(parrots: Path, tmp_path: Path) -> None:
     assert b"no/such/place.hgc: cannot be written: No such file or directory" in done.stderr
 
 
+def test_an_input_may_be_a_pipe(parrots: Path, tmp_path: Path) -> None:
+    done = run("/dev/stdin", "-q", "20", "-o", "out.hgc", cwd=tmp_path, stdin=parrots.read_bytes())
+    assert done.returncode == 0
+    assert (tmp_path / "out.hgc").is_file()
+
+
 def test_a_device_is_not_replaced(parrots: Path, tmp_path: Path) -> None:
     fifo = tmp_path / "null"
     fifo.symlink_to("/dev/null")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageDraw
 
 from hourglass.client import Client
-from hourglass.codec import Codec, Metadata, Picture, errors, image, metrics
+from hourglass.codec import Codec, Metadata, Picture, errors, image, lossless, metrics
 from hourglass.codec.lossless import _EVERY, _SPACING, _STRIP
 
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
@@ -167,7 +167,37 @@ def test_a_drawing_is_stored_without_loss(quality: float, codec: Codec, client: 
         codec.unpack(data)
 
 
-PATTERNS = ["wallpaper", "stripes", "lines of noise", "noise beside nothing", "checks", "noise where it is looked"]
+def test_without_loss_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebP takes leaner ways where there is less room, and PNG the place of it in the end."""
+    drawing, photo = _drawing()[:150], np.random.default_rng(1).integers(0, 256, (150, 500, 3), np.uint8)
+    for colour, alpha in ((drawing, None), (photo, None), (drawing, photo[..., 0]), (drawing[..., 0], None)):
+        kinds = []
+        for room in (100, 45, 35, 28, 22, 2):
+            monkeypatch.setattr("hourglass.codec.lossless._ROOM", room * 150 * 500)
+            data = lossless.pack(colour, alpha)
+            back = lossless.unpack(data, 500, 150, 1 if colour.ndim == 2 else 3)
+            assert np.array_equal(back, colour if alpha is None else np.dstack((colour, alpha)))
+            kinds.append(data[:4])
+        assert (kinds[0], kinds[-1]) == (b"RIFF", b"\x89PNG")
+
+
+def test_a_codec_that_has_rested_goes_on(photo: Path) -> None:
+    coder = Codec()
+    data = coder.encode(photo)
+    coder.rest()
+    assert coder.encode(photo) == data
+
+
+PATTERNS = [
+    "wallpaper",
+    "shifted wallpaper",
+    "scattered",
+    "stripes",
+    "lines of noise",
+    "noise beside nothing",
+    "checks",
+    "noise where it is looked",
+]
 
 
 @pytest.mark.parametrize("kind", PATTERNS)
@@ -178,6 +208,12 @@ def test_no_pattern_is_larger_than_without_loss(kind: str, codec: Codec) -> None
     noise = chance.integers(0, 256, (100, 100, 3), np.uint8)
     if kind == "wallpaper":
         picture[:] = np.tile(noise, (6, 7, 1))
+    elif kind == "shifted wallpaper":
+        for y in range(0, 600, 100):
+            picture[y : y + 100] = np.roll(np.tile(noise, (1, 7, 1)), chance.integers(100), axis=1)
+    elif kind == "scattered":
+        for y, x in zip(chance.integers(0, 500, 300), chance.integers(0, 600, 300), strict=True):
+            picture[y : y + 100, x : x + 100] = noise
     elif kind == "stripes":
         picture[:] = np.tile(noise[:1], (600, 7, 1))
     elif kind == "lines of noise":

@@ -420,7 +420,7 @@ def _decode(coder: Coder, options: Options, name: str, target: str) -> Report:
     data = _read(name)
     decoded = coder.decode_picture(data, **options.view)
     if isinstance(coder, codec.Codec) and decoded.width * decoded.height > LARGE:
-        coder.rest()
+        coder.unload()
     picture = image.write(decoded, format)
     seconds = time.perf_counter() - started
     _write(target, picture)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,31 @@ _WEBP_SIDE = 16383
 _ROOM = 240_000_000
 """Bytes that making a lossless WebP may take beside the picture twice: what 350 MB leave beside the libraries."""
 
-_WAYS = (((4, 80), 27, 11, 6), ((0, 80), 14, 10, 12), ((2, 20), 15, 17, 6))
-"""Method and quality of WebP; bytes a pixel that this takes of next to nothing, how much more of noise, and from how
-many bits a pixel on a picture counts as noise. The first has the smallest files and takes the most memory. Of the
-others the second looks a million pixels back, the third only 16 rows, but with all of WebP's transforms."""
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to make a lossless WebP, and the memory that it takes, in bytes a pixel beside Pillow's picture.
+
+    least: of next to nothing. more: what noise takes beyond that; from `noise` bits a pixel on a picture counts as it.
+    """
+
+    method: int
+    quality: int
+    least: int
+    more: int
+    noise: int
+
+    def takes(self, bits: float) -> float:
+        """Of a picture that in a hurry comes to `bits` a pixel."""
+        return self.least + self.more * min(1, bits / self.noise)
+
+
+_THOROUGH = _Way(6, 100, 53, 0, 1)
+_USUAL = _Way(4, 80, 27, 11, 6)
+_FAR = _Way(0, 80, 14, 10, 12)
+"""Looks a million pixels back, as those above do."""
+_NEAR = _Way(2, 20, 15, 17, 6)
+"""Looks 16 rows back, but with all of WebP's transforms, which `_FAR` is without."""
 
 LARGE = 1 << 24
 """Pixels of a WebP above which libvips decodes it, where it is installed."""
@@ -61,8 +83,8 @@ def pack(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None, thor
         return b"".join(part[:1, :1].tobytes() for part in parts)
     picture = pillow_of(colour, alpha)
     ways = _webp_ways(colour, alpha, thorough)
-    found = [_saved(picture, "WEBP", lossless=True, exact=True, method=way[0], quality=way[1]) for way in ways]
-    if ways in ([], [_WAYS[1][0]]) or height * width <= _SMALL:
+    found = [_saved(picture, "WEBP", lossless=True, exact=True, method=way.method, quality=way.quality) for way in ways]
+    if ways in ([], [_FAR]) or height * width <= _SMALL:
         if picture.mode in ("L", "RGB") and (colours := picture.getcolors(256)):
             few = picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=len(colours))
             parted = zip(bands(few), bands(picture), strict=True)
@@ -107,25 +129,26 @@ def unpack(data: bytes | memoryview, width: int, height: int, channels: int) -> 
     return pixels
 
 
-def _webp_ways(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None, thorough: bool) -> list[tuple[int, int]]:
-    """Methods and qualities of WebP that there is memory for; the smallest file of them is taken."""
+def _webp_ways(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None, thorough: bool) -> list[_Way]:
+    """The ways that there is memory for; the smallest file of them is taken."""
     height, width = colour.shape[:2]
     if max(height, width) > _WEBP_SIDE:
         return []
     samples = (1 if colour.ndim == 2 else 3) + (alpha is not None)
     # Pillow has four bytes a pixel, or one, and WebP is given four of all that is grey.
     room = _ROOM / (height * width) + samples - {1: 5, 2: 8}.get(samples, 4)
-    if thorough and room >= 53:  # what noise takes
-        return [(6, 100)]
-    if room >= 39:
-        return [(4, 80)]
-    if room < min(least for _, least, *_ in _WAYS):
+    if thorough and _THOROUGH.least <= room:
+        return [_THOROUGH]
+    if _USUAL.least + _USUAL.more < room:
+        return [_USUAL]
+    if room < _FAR.least:
         return []
     rows = [row for row in range(height) if row % (12 * _STRIP) < _STRIP]
     part = pillow_of(colour[rows], None if alpha is None else alpha[rows])
     bits = 8 * len(_hurried(part)) / (len(rows) * width)
-    ways = [way for way, least, more, noise in _WAYS if least + more * min(1, bits / noise) <= room]
-    return ways[:1] if ways[:1] == [(4, 80)] else ways
+    if _USUAL.takes(bits) <= room:
+        return [_USUAL]
+    return [way for way in (_FAR, _NEAR) if way.takes(bits) <= room]
 
 
 class Outlook:

@@ -50,7 +50,7 @@ from hourglass.codec.tiles import Grid, Piece, Tile, conceal, pack_tile, patch, 
 
 _Result = TypeVar("_Result")
 
-_ROOMY = 1 << 21
+_ROOMY = 3 << 20
 """Pixels above which what needs several copies of a picture first has the models closed."""
 
 _LEAST_TILE = 22
@@ -357,12 +357,12 @@ class Codec:
             shape = (16, width, 3) if model.colours == 3 else (16, width)
             self.decode(self.encode(np.zeros(shape, np.uint8), fallback=False))
 
-    def rest(self) -> None:
+    def unload(self) -> None:
         """Give back the memory of what is loaded. It is loaded again when it is used, which takes a moment."""
         with self._lock:
             models = [*self._models.values()]
         for model in models:
-            model.rest()
+            model.unload()
         runtime.trim()
 
     def _model(self, model_id: str, threads: int = 0) -> runtime.Model:
@@ -464,7 +464,7 @@ class Codec:
         @cache
         def stored() -> bytes:
             if large := picture.width * picture.height > _ROOMY:
-                self.rest()
+                self.unload()
             data = _stored(picture, thorough)
             if large:  # Pillow's copy is still the process's: the learned codec may come after this
                 runtime.trim()

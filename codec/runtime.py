@@ -259,7 +259,7 @@ class Model:
                 raise HourglassError(f"{file} of model {self.id!r} failed on {shapes}: {exc}") from exc
         return results
 
-    def rest(self) -> None:
+    def unload(self) -> None:
         """Close the sessions; they are opened again when they are used."""
         with self._lock:
             self._sessions.clear()

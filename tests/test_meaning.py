@@ -184,7 +184,7 @@ def test_without_loss_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_codec_that_has_rested_goes_on(photo: Path) -> None:
     coder = Codec()
     data = coder.encode(photo)
-    coder.rest()
+    coder.unload()
     assert coder.encode(photo) == data
 
 

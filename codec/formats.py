@@ -17,7 +17,8 @@ class Format:
 
     suffixes: of its files. holds: "alpha" and the kinds of metadata (fields of `Metadata`). by_rows: the kinds of
     metadata when it is written some rows at a time, None where it cannot be. by_parts: whether parts of rows can be
-    written too, in any order. side: width and height at most, pixels. room: bytes of a kind of metadata at most.
+    written too, in any order. side: width and height at most, pixels. room: bytes of a kind of metadata at most. most:
+    width times height at most, for the encoder's memory, or None.
     """
 
     suffixes: tuple[str, ...]
@@ -26,6 +27,7 @@ class Format:
     by_rows: frozenset[str] | None = None
     by_parts: bool = False
     room: dict[str, int] = field(default_factory=dict)
+    most: int | None = None
 
 
 FORMATS = {
@@ -42,8 +44,9 @@ FORMATS = {
         65500,
         room={"exif": _JPEG_SEGMENT - 6, "xmp": _JPEG_SEGMENT - 29, "iptc": _JPEG_SEGMENT - 28, "icc": 255 * 65519},
     ),
-    "WEBP": Format((".webp",), frozenset({"alpha", "icc", "exif", "xmp"}), 16383),
-    "AVIF": Format((".avif",), frozenset({"alpha", "icc", "exif", "xmp"}), 65536),
+    # Their encoders take 26 to 39 and 43 bytes a pixel: about a GB for so many.
+    "WEBP": Format((".webp",), frozenset({"alpha", "icc", "exif", "xmp"}), 16383, most=28_000_000),
+    "AVIF": Format((".avif",), frozenset({"alpha", "icc", "exif", "xmp"}), 65536, most=28_000_000),
     "TIFF": Format(
         (".tif", ".tiff"),
         frozenset({"alpha", "icc", "exif", "xmp", "iptc"}),
@@ -67,7 +70,12 @@ def check_format(format: str, width: int, height: int, among: Collection[str] = 
     """Raise `InvalidArgument` for a format that is none of `among`, or that holds no picture of this size."""
     if format not in among:
         raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(among))}")
-    side = FORMATS[format].side
+    side, most = FORMATS[format].side, FORMATS[format].most
+    if most is not None and width * height > most:
+        raise InvalidArgument(
+            f"a picture of {width}x{height} = {width * height} pixels is not written as {format}, whose encoder would "
+            f"take more than a GB of memory; the limit is {most}; choose PNG, TIFF, PPM or JPEG"
+        )
     if not (1 <= width <= side and 1 <= height <= side):
         raise InvalidArgument(
             f"a picture of {width}x{height} pixels cannot be written as {format}, which has 1 to {side} a side; "

@@ -85,8 +85,16 @@ _LARGE = 1 << 24
 _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
-    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+    "AVIF": {
+        "quality": 95,
+        "subsampling": "4:4:4",
+        "speed": 8,
+    },  # at this quality as small as speed 6, in half the time
 }
+
+_LEAN, _LEAN_WEBP = 1 << 22, {"method": 0, "quality": 0}
+"""Pixels above which a WebP is written in a hurry: in 26 in place of 34 to 39 bytes of memory a pixel, in a tenth of
+the time, a twentieth larger."""
 
 
 def read(source: ImageSource, limits: Limits | None = None) -> NDArray[np.uint8]:
@@ -230,6 +238,8 @@ def save(picture: Picture | Pixels, format: str) -> tuple[bytes, list[str]]:
             options = {**_OPTIONS.get(format, {}), **_save_options(metadata, format)}
             if format == "AVIF" and colour.ndim == 2 and alpha is None:
                 options["subsampling"] = "4:0:0"
+            if format == "WEBP" and picture.width * picture.height > _LEAN:
+                options |= _LEAN_WEBP
             pillow_of(colour, alpha).save(out, format, **options)
     except (OSError, ValueError, MemoryError) as exc:
         size = f"{picture.width}x{picture.height}"

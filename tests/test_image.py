@@ -658,6 +658,9 @@ def test_other_arguments() -> None:
         image.write(np.zeros((1, 20000, 3), np.uint8), "WEBP")
     with pytest.raises(errors.InvalidArgument, match="cannot be written as JPEG"):
         image.write(np.zeros((1, 70000), np.uint8), "JPEG")
+    for format in ("WEBP", "AVIF"):
+        with pytest.raises(errors.InvalidArgument, match=r"6000x5000 = 30000000 pixels .* choose PNG"):
+            image.write(np.broadcast_to(np.uint8(7), (5000, 6000)), format)
     with pytest.raises(errors.InvalidArgument, match=r"alpha is an array \(3, 2\)"):
         Picture(dot, np.zeros((3, 2), np.uint8))
 

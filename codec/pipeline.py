@@ -53,6 +53,9 @@ _Result = TypeVar("_Result")
 _ROOMY = 3 << 20
 """Pixels above which what needs several copies of a picture first has the models closed."""
 
+_AT_ONCE = 8
+"""Tiles for each thread that work goes on with before the threads wait for each other: they are not of equal size."""
+
 _LEAST_TILE = 22
 """No tile takes fewer bytes than this, its entry in the header included."""
 
@@ -401,7 +404,7 @@ class Codec:
 
     def _bands(self, grid: Grid) -> list[range]:
         self.limits.check_tiles(len(grid))
-        return grid.bands(2 * self._threads)
+        return grid.bands(_AT_ONCE * self._threads)
 
     def _each(
         self, model: runtime.Model, grid: Grid, tiles: list[Tile], work: Callable[[Tile, runtime.Model], _Result]
@@ -582,7 +585,7 @@ class Codec:
 
     def _decoding(self, reader: Reader, salvage: bool = False) -> Decoding:
         model = self._model(reader.header.model)
-        return Decoding(reader, model, self._each, at_once=2 * self._threads, salvage=salvage)
+        return Decoding(reader, model, self._each, at_once=_AT_ONCE * self._threads, salvage=salvage)
 
     def _streamed(
         self, reader: Reader, made: Callable[[Decoding], Iterator[_Result]]

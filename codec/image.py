@@ -83,6 +83,7 @@ _LARGE = 1 << 24
 """Pixels above which PNG, TIFF and PPM are written by rows."""
 
 _OPTIONS: dict[str, dict[str, Any]] = {
+    "PNG": {"compress_level": 4},  # less than half the time of 6, files some per cent larger
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
     "AVIF": {

@@ -53,7 +53,7 @@ _Result = TypeVar("_Result")
 _ROOMY = 3 << 20
 """Pixels above which what needs several copies of a picture first has the models closed."""
 
-_AT_ONCE = 8
+_AT_ONCE = 4
 """Tiles for each thread that work goes on with before the threads wait for each other: they are not of equal size."""
 
 _LEAST_TILE = 22

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import constriction
 import numpy as np
@@ -175,8 +176,8 @@ def _grouped(index: NDArray[np.uint8], tables: Tables) -> tuple[NDArray[np.intp]
     used = flat[coded]
     order = coded[np.argsort(used, kind="stable")]  # a radix sort for uint8
     ends = np.cumsum(np.bincount(used, minlength=len(tables))).tolist()
-    members = enumerate(zip([0, *ends], ends, strict=False))
-    return order, [(table, slice(begin, end)) for table, (begin, end) in members if end > begin]
+    groups = enumerate(pairwise([0, *ends]))
+    return order, [(table, slice(begin, end)) for table, (begin, end) in groups if end > begin]
 
 
 def _encode_gamma(coder: constriction.stream.queue.RangeEncoder, distance: NDArray[np.int32]) -> None:

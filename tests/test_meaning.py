@@ -181,7 +181,7 @@ def test_without_loss_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (kinds[0], kinds[-1]) == (b"RIFF", b"\x89PNG")
 
 
-def test_a_codec_that_has_rested_goes_on(photo: Path) -> None:
+def test_an_unloaded_codec_goes_on(photo: Path) -> None:
     coder = Codec()
     data = coder.encode(photo)
     coder.unload()

@@ -2,15 +2,14 @@
 
     python tests/bench/memory.py PHOTOS DRAWINGS [--megapixels 4,12,67] [--kinds photo,repeats] [--formats jpg,rgba.png]
 
-PHOTOS and DRAWINGS are folders; each picture is a mosaic of what is in one, shifted and mirrored. Each figure is of a
-process of its own, in MB. Exits with 1 where one is above 350 MB and twice the raw picture. What was read as WebP or
-AVIF is written as PNG: those encoders need more, which the README says.
+PHOTOS and DRAWINGS are folders; each picture is a mosaic of what is in one. Each figure is of a process of its own, in
+MB. Exits with 1 where one is above 350 MB and twice the raw picture. What was read as WebP or AVIF is written as PNG:
+those encoders need more, which the README says.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,20 +18,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from robust import run
+from robust import COMMAND, run
+from speed import mosaic
 
-from hourglass.codec import image
 from hourglass.codec.formats import WRITABLE
+from hourglass.codec.image import list_pictures
 
-THERE = "from hourglass.codec import Codec; Path(sys.argv[2]).write_bytes(Codec().encode(sys.argv[1], quality=QUALITY))"
-BACK = "from hourglass.codec import Codec; Codec().decode(sys.argv[2])"
-MEASURED = """
-import re, sys, warnings
-from pathlib import Path
-warnings.simplefilter("ignore")
-{work}
-print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-"""
+LIBRARY = {
+    "encode": "Path(sys.argv[3]).write_bytes(Codec().encode(sys.argv[1], quality=float(sys.argv[2])))",
+    "decode": "Codec().decode(sys.argv[1])",
+}
+"""What the library does in a program of its own."""
 
 SHADES = {"rgba": 4, "la": 2, "grey": 1}
 """Bytes a pixel of the raw picture, where they are not 3."""
@@ -56,18 +52,6 @@ FORMATS: dict[str, dict[str, object]] = {
 }
 
 
-def mosaic(tiles: list[NDArray[np.uint8]], side: int) -> NDArray[np.uint8]:
-    """(side, side, 3) uint8: rows of the tiles, one after the other, each row shifted and every second one mirrored."""
-    height = max(len(tile) for tile in tiles)
-    line = np.concatenate([np.pad(tile, ((0, height - len(tile)), (0, 0), (0, 0)), mode="wrap") for tile in tiles], 1)
-    line = np.tile(line, (1, -(-side // line.shape[1]), 1))
-    out = np.empty((side, side, 3), np.uint8)
-    for number, top in enumerate(range(0, side, height)):
-        shifted = np.roll(line[:, ::-1] if number % 2 else line, 1237 * number, axis=1)
-        out[top : top + height] = shifted[: side - top, :side]
-    return out
-
-
 def repeats(side: int) -> NDArray[np.uint8]:
     """A texture over and over, which lossless WebP makes little of, and takes the most memory for."""
     texture = np.random.default_rng(1).integers(0, 256, (100, 100, 3), np.uint8)
@@ -85,22 +69,23 @@ def save(pixels: NDArray[np.uint8], path: Path, format: str) -> None:
     picture.save(path, WRITABLE[path.suffix], **FORMATS[format])
 
 
-def measured(work: str, *arguments: Path) -> float:
-    """MB."""
-    command = [sys.executable, "-c", MEASURED.format(work=work), *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return 1024 * int(done.stdout) / 1e6
-
-
 def figures(source: Path, quality: str, folder: Path) -> dict[str, float]:
+    """MB of each of the four."""
     suffix = ".png" if source.suffix in (".webp", ".avif") else source.suffix
-    coded, back, log = folder / "coded.hgc", folder / f"back{suffix}", folder / "log"
-    found = {"encode": measured(THERE.replace("QUALITY", quality), source, coded), "decode": measured(BACK, "", coded)}
+    coded, back = str(folder / "coded.hgc"), str(folder / f"back{suffix}")
+    programs = {"command": COMMAND, "command -d": COMMAND}
+    for name, work in LIBRARY.items():
+        path = folder / f"{name}.py"
+        path.write_text(f"import sys\nfrom pathlib import Path\nfrom hourglass.codec import Codec\n{work}\n")
+        programs[name] = str(path)
+    found = {}
     for name, arguments in (
-        ("command", [str(source), "-q", quality, "-fo", str(coded)]),
-        ("command -d", ["-d", str(coded), "-fo", str(back)]),
+        ("encode", [str(source), quality, coded]),
+        ("decode", [coded]),
+        ("command", [str(source), "-q", quality, "-fo", coded]),
+        ("command -d", ["-d", coded, "-fo", back]),
     ):
-        status, _, peak = run(arguments, log)
+        status, _, peak = run(arguments, log := folder / "log", programs[name])
         if status:
             raise SystemExit(log.read_text())
         found[name] = peak / 1e6
@@ -117,13 +102,9 @@ def main() -> int:
     parser.add_argument("--qualities", default="50")
     given = parser.parse_args()
 
-    def of(folder: Path) -> list[NDArray[np.uint8]]:
-        return [np.asarray(Image.open(path).convert("RGB")) for path in image.list_pictures(folder)]
-
-    photos, drawings = of(given.photos), of(given.drawings)
     kinds: dict[str, Callable[[int], NDArray[np.uint8]]] = {
-        "photo": lambda side: mosaic(photos, side),
-        "drawing": lambda side: mosaic(drawings, side),
+        "photo": lambda side: mosaic(list_pictures(given.photos), side, side),
+        "drawing": lambda side: mosaic(list_pictures(given.drawings), side, side),
         "repeats": repeats,
     }
     too_much = 0

@@ -38,14 +38,14 @@ finally:
 """
 
 
-def run(arguments: list[str], log: Path) -> tuple[int, float, int]:
-    """Exit code, seconds, and largest resident set in bytes of a command; what it says goes to `log`.
+def run(arguments: list[str], log: Path, program: str = COMMAND) -> tuple[int, float, int]:
+    """Exit code, seconds, and largest resident set in bytes of a Python program; what it says goes to `log`.
 
     VmHWM as the process itself finds it in the end: the `ru_maxrss` of a child begins with what its parent had.
     """
     with tempfile.TemporaryDirectory() as folder:
         peak = Path(folder) / "peak"
-        command = [sys.executable, "-c", _MEASURED, str(peak), COMMAND, *arguments]
+        command = [sys.executable, "-c", _MEASURED, str(peak), program, *arguments]
         started = time.perf_counter()
         with log.open("wb") as out:
             status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode

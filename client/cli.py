@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,9 @@ STREAM = "-"
 
 LARGE = 1 << 24
 """Pixels of a picture above which it goes from file to file a few rows at a time, where its format allows that."""
+
+_ROOMY = 1 << 22
+"""Pixels of a picture above which writing it as a WebP needs the memory that the models are in."""
 
 LARGE_FILE = 1 << 20
 """Bytes that a file of so many pixels has at least, unless it is nearly empty."""
@@ -418,14 +421,16 @@ def _decode(coder: Coder, options: Options, name: str, target: str) -> Report:
         sizes = Path(name).stat().st_size, Path(target).stat().st_size
         return _report(name, target, name, sizes, (None, None), time.perf_counter() - started)
     data = _read(name)
-    decoded = coder.decode_picture(data, **options.view)
-    if isinstance(coder, codec.Codec) and decoded.width * decoded.height > LARGE:
-        coder.unload()
-    picture = image.write(decoded, format)
+    decoded = [coder.decode_picture(data, **options.view)]
+    damage, pixels = decoded[0].losses, decoded[0].width * decoded[0].height
+    if isinstance(coder, codec.Codec) and pixels > (_ROOMY if format == "WEBP" else LARGE):
+        coder.unload()  # writing takes memory too, WebP most
+    picture, losses = image.save(decoded.pop(), format)  # nothing here holds the pixels meanwhile
+    _warn(losses)
     seconds = time.perf_counter() - started
     _write(target, picture)
     report = _report(name, target, data, (len(data), len(picture)), (None, None), seconds)
-    return replace(report, damage=list(decoded.losses))
+    return replace(report, damage=list(damage))
 
 
 def _decode_streamed(coder: codec.Codec, name: str, target: str, format: str) -> None:
@@ -455,7 +460,7 @@ def _is_streamed(coder: Coder, options: Options, name: str, target: str, format:
     return plain and header.width * header.height > LARGE
 
 
-def _warn(losses: tuple[str, ...]) -> None:
+def _warn(losses: Iterable[str]) -> None:
     for loss in losses:
         warnings.warn(loss, errors.LossWarning, stacklevel=2)
 

@@ -18,7 +18,7 @@ class Format:
     suffixes: of its files. holds: "alpha" and the kinds of metadata (fields of `Metadata`). by_rows: the kinds of
     metadata when it is written some rows at a time, None where it cannot be. by_parts: whether parts of rows can be
     written too, in any order. side: width and height at most, pixels. room: bytes of a kind of metadata at most. most:
-    width times height at most, for the encoder's memory, or None.
+    width times height at most, or None. reason: why no more than that.
     """
 
     suffixes: tuple[str, ...]
@@ -28,6 +28,7 @@ class Format:
     by_parts: bool = False
     room: dict[str, int] = field(default_factory=dict)
     most: int | None = None
+    reason: str = ""
 
 
 FORMATS = {
@@ -44,9 +45,21 @@ FORMATS = {
         65500,
         room={"exif": _JPEG_SEGMENT - 6, "xmp": _JPEG_SEGMENT - 29, "iptc": _JPEG_SEGMENT - 28, "icc": 255 * 65519},
     ),
-    # Their encoders take 26 to 39 and 43 bytes a pixel: about a GB for so many.
-    "WEBP": Format((".webp",), frozenset({"alpha", "icc", "exif", "xmp"}), 16383, most=28_000_000),
-    "AVIF": Format((".avif",), frozenset({"alpha", "icc", "exif", "xmp"}), 65536, most=28_000_000),
+    "WEBP": Format(
+        (".webp",),
+        frozenset({"alpha", "icc", "exif", "xmp"}),
+        16383,
+        most=12_200_000,  # its encoder takes some 24 bytes a pixel
+        reason="whose encoder would take more memory than 350 MB and twice the picture",
+    ),
+    "AVIF": Format(
+        (".avif",),
+        frozenset({"alpha", "icc", "exif", "xmp"}),
+        1 << 15,
+        by_rows=frozenset({"icc", "exif", "xmp"}),
+        most=1 << 28,
+        reason="of which most readers take no more",  # by the defaults of libavif
+    ),
     "TIFF": Format(
         (".tif", ".tiff"),
         frozenset({"alpha", "icc", "exif", "xmp", "iptc"}),
@@ -72,9 +85,13 @@ def check_format(format: str, width: int, height: int, among: Collection[str] = 
         raise InvalidArgument(f"format is {format!r}; expected one of {', '.join(sorted(among))}")
     side, most = FORMATS[format].side, FORMATS[format].most
     if most is not None and width * height > most:
+        others = " or ".join(
+            name for name, other in FORMATS.items() if name != format and max(width, height) <= other.side
+            and width * height <= (other.most or width * height)
+        )  # fmt: skip
         raise InvalidArgument(
-            f"a picture of {width}x{height} = {width * height} pixels is not written as {format}, whose encoder would "
-            f"take more than a GB of memory; the limit is {most}; choose PNG, TIFF, PPM or JPEG"
+            f"a picture of {width}x{height} = {width * height} pixels is not written as {format}, "
+            f"{FORMATS[format].reason}; the limit is {most}; choose {others}"
         )
     if not (1 <= width <= side and 1 <= height <= side):
         raise InvalidArgument(

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from hourglass.codec import avif
 from hourglass.codec.errors import InvalidArgument, LossWarning
 from hourglass.codec.formats import FORMATS, STRIP_WRITABLE, WRITABLE, check_format
 from hourglass.codec.limits import Limits
@@ -80,14 +81,13 @@ SUFFIXES = (*WRITABLE, ".gif")
 """Suffixes of the files that are taken for pictures when a folder is searched."""
 
 _LARGE = 1 << 24
-"""Pixels above which PNG, TIFF and PPM are written by rows."""
+"""Pixels above which PNG, TIFF and PPM are written by rows; AVIF is from `avif.WHOLE` on."""
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    # PNG: less than half the time of level 6, some per cent larger. AVIF: half the time of speed 6, as small.
-    "PNG": {"compress_level": 4},
+    "PNG": {"compress_level": 4},  # less than half the time of level 6, some per cent larger
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True, "exact": True},
-    "AVIF": {"quality": 95, "subsampling": "4:4:4", "speed": 8},
+    "AVIF": avif.OPTIONS,
 }
 
 _LEAN, _LEAN_WEBP = 1 << 22, {"method": 0, "quality": 0}
@@ -207,7 +207,9 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
     is put on white) or a kind of metadata. Raises `InvalidArgument` for an unknown format, an array of another
     shape, or a picture too large for the format.
     """
-    data, losses = save(picture, format)
+    whole = [picture]
+    del picture
+    data, losses = save(whole.pop(), format)  # where the caller does not have the pixels either, they are free soon
     for loss in losses:
         warnings.warn(loss, LossWarning, stacklevel=2)
     return data
@@ -226,32 +228,35 @@ def save(picture: Picture | Pixels, format: str) -> tuple[bytes, list[str]]:
     if alpha is not None and "alpha" not in FORMATS[format].holds:
         losses.append(f"{format} holds no transparency; it is put on white")
         colour, alpha = on_white(colour, alpha), None
-    large = picture.width * picture.height > _LARGE and format in STRIP_WRITABLE
-    if large and alpha is None and (written := _by_rows(colour, metadata, format)) is not None:
+    large = picture.width * picture.height > (avif.WHOLE if format == "AVIF" else _LARGE) and format in STRIP_WRITABLE
+    if large and (written := _by_rows(colour, alpha, metadata, format)) is not None:
         return written, losses
-    out = io.BytesIO()
+    out, size = io.BytesIO(), f"{picture.width}x{picture.height}"
     try:
         with quiet():
             options = {**_OPTIONS.get(format, {}), **_save_options(metadata, format)}
             if format == "AVIF" and colour.ndim == 2 and alpha is None:
-                options["subsampling"] = "4:0:0"
+                options |= avif.GREY
             if format == "WEBP" and picture.width * picture.height > _LEAN:
                 options |= _LEAN_WEBP
-            pillow_of(colour, alpha).save(out, format, **options)
+            converted = pillow_of(colour, alpha)
+            del picture, colour, alpha  # where nobody else has them their memory is free now
+            converted.save(out, format, **options)
     except (OSError, ValueError, MemoryError) as exc:
-        size = f"{picture.width}x{picture.height}"
         raise InvalidArgument(f"a picture of {size} pixels cannot be written as {format}: {exc}") from exc
     return out.getvalue(), losses
 
 
-def _by_rows(colour: Pixels, metadata: Metadata, format: str) -> bytes | None:
-    """A large picture: by rows it takes less time and memory; None where that would lose metadata."""
+def _by_rows(colour: Pixels, alpha: Pixels | None, metadata: Metadata, format: str) -> bytes | None:
+    """A large picture: by rows it takes less time and memory; None where that would lose metadata or alpha."""
     holds = FORMATS[format].by_rows or frozenset()
-    if any(getattr(metadata, kind) for kind in {*KINDS} - holds):
+    if (alpha is not None and format != "AVIF") or any(getattr(metadata, kind) for kind in {*KINDS} - holds):
         return None
     out = io.BytesIO()
-    with StripWriter(out, format, colour.shape[1], colour.shape[0], colour.ndim == 2, metadata) as writer:
-        writer.write(colour)
+    with StripWriter(
+        out, format, colour.shape[1], colour.shape[0], colour.ndim == 2, metadata, alpha is not None
+    ) as writer:
+        writer.write(colour, alpha)
     return out.getvalue()
 
 

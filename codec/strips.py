@@ -4,7 +4,7 @@ Read by parts, whatever the width: binary PPM and PGM of 8 bits, and TIFF of 8 b
 with the extra `large` (libvips): PNG that is not interlaced, JPEG that is not progressive, and compressed TIFF of 8
 bits, grey or RGB. What needs the whole picture (an orientation to apply, alpha, a palette, 16 bits, frames) is not:
 `open_strips` returns None for it, and `image.load` reads it whole.
-Written by parts: PPM, PGM and TIFF; by rows: PNG.
+Written by parts: PPM, PGM and TIFF; by rows: PNG and AVIF.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import vips
+from hourglass.codec import avif, vips
 from hourglass.codec.errors import ImageError, InvalidArgument, LossWarning
 from hourglass.codec.formats import FORMATS, STRIP_WRITABLE, check_format
 from hourglass.codec.limits import Limits
@@ -267,14 +267,25 @@ class StripWriter:
     """
 
     def __init__(
-        self, file: IO[bytes], format: str, width: int, height: int, grey: bool, metadata: Metadata | None = None
+        self,
+        file: IO[bytes],
+        format: str,
+        width: int,
+        height: int,
+        grey: bool,
+        metadata: Metadata | None = None,
+        alpha: bool = False,
     ) -> None:
         """Write what stands before the pixels. The file stays open.
 
-        PNG takes ICC, EXIF and XMP, TIFF takes ICC, XMP and IPTC, PPM nothing: a `LossWarning` says what is dropped.
+        PNG and AVIF take ICC, EXIF and XMP, TIFF takes ICC, XMP and IPTC, PPM nothing: a `LossWarning` says what is
+        dropped. alpha: whether `write` gets it too; AVIF alone takes it.
+
         Raises `InvalidArgument` for another format or a size that it cannot hold.
         """
         check_format(format, width, height, STRIP_WRITABLE)
+        if alpha and format != "AVIF":
+            raise InvalidArgument(f"{format} written by strips holds no alpha; only AVIF does")
         self._file, self._format, self._grey = file, format, grey
         self._size, self._next, self._filled = (width, height), 0, 0
         metadata = metadata or Metadata()
@@ -287,6 +298,8 @@ class StripWriter:
             file.write(b"P%d\n%d %d\n255\n" % (5 if grey else 6, width, height))
         elif format == "PNG":
             self._start_png(metadata)
+        elif format == "AVIF":
+            self._grid = avif.GridWriter(file, width, height, grey, metadata, alpha)
         else:
             file.write(_tiff_header(width, height, 1 if grey else 3, metadata))
         self._start = file.tell() if self.by_parts and file.seekable() else 0
@@ -315,8 +328,11 @@ class StripWriter:
             self._file.write(row.data.cast("B"))
         self._filled += shape[0] * shape[1]
 
-    def write(self, rows: NDArray[np.uint8]) -> None:
-        """Write the next rows: (rows, W, 3) or, grey, (rows, W) uint8. Raises `InvalidArgument` for other shapes."""
+    def write(self, rows: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None) -> None:
+        """Write the next rows: (rows, W, 3) or, grey, (rows, W) uint8, and their alpha (rows, W), if there is any.
+
+        Raises `InvalidArgument` for other shapes.
+        """
         width, height = self._size
         shape = (width,) if self._grey else (width, 3)
         if rows.dtype != np.uint8 or rows.shape[1:] != shape or len(rows) > height - self._next:
@@ -328,6 +344,8 @@ class StripWriter:
         self._filled += len(rows) * width
         if self._format == "PNG":
             self._write_png(rows)
+        elif self._format == "AVIF":
+            self._grid.write(rows, alpha)
         elif len(rows):
             self._file.write(np.ascontiguousarray(rows).data.cast("B"))
 
@@ -339,6 +357,8 @@ class StripWriter:
         if self._format == "PNG":
             self._chunk(b"IDAT", self._deflate.flush())
             self._chunk(b"IEND", b"")
+        elif self._format == "AVIF":
+            self._grid.close()
 
     def __enter__(self) -> Self:
         return self

@@ -81,3 +81,16 @@ def test_without_loss_there_and_back(kind: str, size: tuple[int, int], drawing: 
         assert measured(work, path, coded) < 350_000_000 + 2 * 3 * size[0] * size[1]
     assert codec.read_header(coded).lossless
     assert np.array_equal(np.asarray(Image.open(path)), before)
+
+
+@pytest.mark.parametrize(("suffix", "size"), [("webp", (4000, 3040)), ("avif", (3200, 2400))])
+def test_writing(suffix: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """Their encoders take 24 and 40 bytes a pixel: of the one pictures are no larger, the other gets them in cells."""
+    photo = np.asarray(Image.open(Path(__file__).parent / "images" / "parrots.png").convert("RGB"))
+    width, height = size
+    whole = np.tile(photo, (-(-height // len(photo)), -(-width // photo.shape[1]), 1))[:height, :width]
+    coded, path = tmp_path / "a.hgc", tmp_path / f"a.{suffix}"
+    coded.write_bytes(codec.encode(np.ascontiguousarray(whole), quality=60, fallback=False))
+    assert measured(BACK.replace("'PNG'", f"'{suffix.upper()}'"), path, coded) < 350_000_000 + 2 * 3 * width * height
+    with Image.open(path) as opened:
+        assert opened.size == size

@@ -189,16 +189,23 @@ def fresh(
             start_linear(net, [grey_of(p) if net.shape.colours == 1 else p for p in pictures], generator)
         net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     else:
-        start_from_pca(net, pictures, generator)
-        if not start or not _start_from(net, start):
-            start_rest(net, pictures, generator)
+        taken = _start_from(net, start) if start else set()
+        whole = taken == net.state_dict().keys()
+        if not whole:
+            start_from_pca(net, pictures, generator)
+            if start:
+                _start_from(net, start)
+            if not {"analysis.to_rest.weight", "synthesis.from_rest.weight"} <= taken:
+                start_rest(net, pictures, generator)
         net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         # Context reaches further than a transform: where there are pieces for it, the prior learns on larger crops.
         side = 2 * settings.crop if (pieces.sizes >= 2 * settings.crop).all(1).any() else settings.crop
-        latents = latents_of(net, pieces, side)
-        start_prior(net, latents.pixels)
-        if start:
-            _start_from(net, start)  # also what the latents would give
+        if not whole or settings.prior_steps:
+            latents = latents_of(net, pieces, side)
+        if latents and not whole:
+            start_prior(net, latents.pixels)
+            if start:
+                _start_from(net, start)  # also what the latents would give
         side //= STRIDE
     torch.manual_seed(settings.seed + _rank())  # each process has noise of its own
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -225,11 +232,11 @@ def start_classic(net: Classic, path: Path) -> None:
     net.load_state_dict(weights)
 
 
-def _start_from(net: Hourglass, path: Path) -> bool:
+def _start_from(net: Hourglass, path: Path) -> set[str]:
     """Take the weights of a file that fit; of a narrower latent its core, as the first channels of each quarter.
 
-    The others keep their start; inputs that the file's layers did not have begin with zero weights. Returns whether
-    the channels beside the core are the file's too.
+    The others keep their start; inputs that the file's layers did not have begin with zero weights. Returns the names
+    of those taken.
     """
     values = torch.load(path, map_location="cpu", weights_only=True)
     own, weights, narrow = net.state_dict(), values["ema"], values["shape"]["latent"]
@@ -252,7 +259,7 @@ def _start_from(net: Hourglass, path: Path) -> bool:
             taken[name] = target
     net.load_state_dict(taken, strict=False)
     print(f"{len(taken)} of {len(own)} tensors start from {path}")
-    return {"analysis.to_rest.weight", "synthesis.from_rest.weight"} <= taken.keys()
+    return {*taken}
 
 
 @torch.no_grad()

@@ -327,5 +327,6 @@ class Prior(nn.Module):
             level = rounded(level, 0, LADDER - 1)
             rest = part - mean
             symbols = rest + (chosen(rest, level) - rest).detach() if mode == "settle" else rounded(rest)
-            known.append(rounded((symbols + mean) * (2**KNOWN.unit / ratio), KNOWN.low, KNOWN.high))
+            # Detached: the straight-through gradient of what the steps to come know is worse than none.
+            known.append(rounded((symbols + mean).detach() * (2**KNOWN.unit / ratio), KNOWN.low, KNOWN.high))
             yield rest, symbols, mean, level

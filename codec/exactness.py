@@ -143,8 +143,8 @@ def _convolution(name: str, x: _Value, weight: _Value, bias: _Value | None = Non
 
 def _integers(value: _Value) -> bool:
     """Whether a constant's elements are, apart from its scale."""
-    elements = np.asarray(value.constant, np.float64)
-    return bool((elements == np.rint(elements)).all())
+    elements = np.asarray(value.constant)
+    return elements.dtype.kind != "f" or bool((elements == np.rint(elements)).all())
 
 
 def _scale(value: _Value) -> NDArray[np.float64]:
@@ -211,18 +211,24 @@ def _union(values: list[_Value]) -> _Value:
 
 
 def _constant(array: NDArray[np.generic]) -> _Value:
+    if array.dtype.kind != "f":
+        reach = max(int(array.max(initial=0)), -int(array.min(initial=0)))
+        return _Value(float(reach), 1.0, math.inf, array)
+    if array.size == 1:  # as below, without the cost of calling NumPy for each of hundreds
+        number = abs(float(array.reshape(())))
+        if math.isfinite(number):
+            odd, power = int(math.ldexp(math.frexp(number)[0], 24)), math.frexp(number)[1]
+            odd //= (odd & -odd) or 1
+            return _Value(number, min(1.0, math.ldexp(1.0, power - odd.bit_length())), float(max(odd, 1)), array)
     numbers = np.abs(array.astype(np.float64)).reshape(-1)
     if not np.isfinite(numbers).all():
         raise ModelError("prior.onnx: a constant is not finite")
-    reach, grid, mantissa = float(numbers.max(initial=0)), 1.0, math.inf
-    if array.dtype.kind == "f":
-        fractions, exponents = np.frexp(numbers[numbers > 0])
-        odd = np.ldexp(fractions, 24).astype(np.int64)
-        odd //= odd & -odd
-        mantissa = float(odd.max(initial=1))
-        bits = np.frexp(odd.astype(np.float64))[1]
-        grid = float(np.ldexp(1.0, int((exponents - bits).min(initial=0))))
-    return _Value(reach, grid, mantissa, array)
+    fractions, exponents = np.frexp(numbers[numbers > 0])
+    odd = np.ldexp(fractions, 24).astype(np.int64)
+    odd //= odd & -odd
+    bits = np.frexp(odd.astype(np.float64))[1]
+    grid = float(np.ldexp(1.0, int((exponents - bits).min(initial=0))))
+    return _Value(float(numbers.max(initial=0)), grid, float(odd.max(initial=1)), array)
 
 
 @dataclass(frozen=True)
@@ -271,18 +277,19 @@ def _text(value: memoryview | int) -> str:
 def _fields(data: bytes | memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
     """Field number and value of each field of a protobuf message: bytes, or an integer."""
     view, place = memoryview(data), 0  # type: ignore[arg-type]
-    while place < len(view):
+    end = len(view)
+    while place < end:
         key, place = _varint(view, place)
         match key & 7:
-            case 0:
-                value, place = _varint(view, place)
-                yield key >> 3, value
             case 2:
                 length, place = _varint(view, place)
-                if place + length > len(view):
+                if place + length > end:
                     raise ValueError("a field is longer than the file")
                 yield key >> 3, view[place : place + length]
                 place += length
+            case 0:
+                value, place = _varint(view, place)
+                yield key >> 3, value
             case 1 | 5 as kind:
                 size = 8 if kind == 1 else 4
                 yield key >> 3, view[place : place + size]
@@ -292,6 +299,8 @@ def _fields(data: bytes | memoryview | int) -> Iterator[tuple[int, memoryview | 
 
 
 def _varint(view: memoryview, place: int) -> tuple[int, int]:
+    if (byte := view[place]) < 128:  # most are of one byte
+        return byte, place + 1
     value, shift = 0, 0
     while True:
         byte = view[place]

@@ -214,12 +214,12 @@ def _constant(array: NDArray[np.generic]) -> _Value:
     if array.dtype.kind != "f":
         reach = max(int(array.max(initial=0)), -int(array.min(initial=0)))
         return _Value(float(reach), 1.0, math.inf, array)
-    if array.size == 1:  # as below, without the cost of calling NumPy for each of hundreds
-        number = abs(float(array.reshape(())))
-        if math.isfinite(number):
-            odd, power = int(math.ldexp(math.frexp(number)[0], 24)), math.frexp(number)[1]
-            odd //= (odd & -odd) or 1
-            return _Value(number, min(1.0, math.ldexp(1.0, power - odd.bit_length())), float(max(odd, 1)), array)
+    if array.size == 1 and math.isfinite(number := abs(float(array.reshape(())))):
+        # As below, without the cost of calling NumPy for each of hundreds.
+        fraction, power = math.frexp(number)
+        digits = int(math.ldexp(fraction, 24))
+        digits //= (digits & -digits) or 1
+        return _Value(number, min(1.0, math.ldexp(1.0, power - digits.bit_length())), float(max(digits, 1)), array)
     numbers = np.abs(array.astype(np.float64)).reshape(-1)
     if not np.isfinite(numbers).all():
         raise ModelError("prior.onnx: a constant is not finite")

@@ -30,8 +30,8 @@ GREY = {"subsampling": "4:0:0"}
 WHOLE = 1 << 22
 """Pixels up to which a picture is one frame."""
 
-_WIDTH, _HEIGHT, _STEP, _LEAST = 2048, 512, 16, 64
-"""Of a cell in pixels: at most, a multiple of, and at least (ISO/IEC 23000-22, 7.3.11.4.2)."""
+_WIDTH, _HEIGHT, _STEP = 2048, 512, 64
+"""Of a cell in pixels: at most, and what it is a multiple of (ISO/IEC 23000-22, 7.3.11.4.2)."""
 
 _AT_ONCE = 4
 """Cells that are encoded at the same time, at most."""
@@ -205,7 +205,7 @@ class GridWriter:
 def _size(whole: int, most: int) -> int:
     """Side of cells of which equally many cover a side of the picture, none without need."""
     part = -(-whole // -(-whole // most))
-    return max(_LEAST, -(-part // _STEP) * _STEP)
+    return -(-part // _STEP) * _STEP
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:

@@ -9,7 +9,6 @@ cells are encoded on several cores. No pixel depends on a cell beside its own.
 from __future__ import annotations
 
 import io
-import os
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from hourglass.codec.errors import InvalidArgument
 from hourglass.codec.metadata import Metadata
 from hourglass.codec.reader import pillow_of
+from hourglass.codec.runtime import usable_cores
 
 OPTIONS: dict[str, Any] = {"quality": 95, "subsampling": "4:4:4", "speed": 8}
 """How Pillow writes AVIF. Speed 8 takes half the time of 6, and files are as small."""
@@ -104,7 +104,7 @@ class GridWriter:
         cells = [self._buffer[:, at : at + self._cell[0]] for at in range(0, self._width, self._cell[0])]
         missing = self._cell[0] - cells[-1].shape[1]
         cells[-1] = np.pad(cells[-1], ((0, 0), (0, missing), (0, 0)), "edge")
-        with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(_AT_ONCE, usable_cores())) as pool:
             for encoded in pool.map(self._encode, cells):
                 for places, data in zip(self._places, encoded, strict=False):
                     self._add(places, data)

@@ -269,7 +269,7 @@ def latents_of(net: Hourglass, pieces: Pieces, smallest: int) -> Pieces:
     latents = []
     for batch in pieces.pixels[large].split(8):  # type: ignore[no-untyped-call]
         x = batch.permute(0, 3, 1, 2).float() / 255
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda or _has_fast_bfloat16()):
             latents.append(net.analysis(x).permute(0, 2, 3, 1).half())
     return Pieces(torch.cat(latents), pieces.sizes[large] // STRIDE)
 

@@ -12,12 +12,18 @@ import sys
 import tomllib
 from pathlib import Path
 
+import click
 import onnx
 import pytest
+from click.testing import CliRunner
 
 from hourglass import codec
+from hourglass.client import cli
 from hourglass.codec import errors, image
 from hourglass.codec.runtime import ZOO, model_ids, open_model
+from hourglass.codec.train import __main__ as train
+from hourglass.codec.train import digits
+from hourglass.server import main as server
 from hourglass.server.servicer import SERVICE
 
 ROOT = Path(__file__).parent.parent
@@ -194,12 +200,9 @@ def test_readme_examples_run(number: int, address: str, tmp_path: Path, monkeypa
 
 def test_readme_flags_exist() -> None:
     """Every flag that the README names is one of the commands'."""
-    programs = [
-        [str(Path(sys.executable).with_name(name)), "--help"] for name in ("compress-image", "hourglass-server")
-    ]
-    programs += [[sys.executable, "-m", TRAIN, sub, "--help"] for sub in ("run", "export")]
-    programs.append([sys.executable, "-m", f"{TRAIN}.digits", "--help"])
-    helps = "".join(subprocess.run(p, capture_output=True, check=True, text=True).stdout for p in programs)
+    programs: list[tuple[click.Command, list[str]]] = [(cli.main, []), (server.main, []), (digits.main, [])]
+    programs += [(train.main, [sub]) for sub in ("run", "export")]
+    helps = "".join(CliRunner().invoke(main, [*sub, "--help"], catch_exceptions=False).output for main, sub in programs)
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.S))
     lines = [
         line

@@ -35,10 +35,8 @@ def test_quality(photo: Path, quality: float, codec: Codec, report: Callable[...
     assert row.bpp < 0.5 + quality / 25
 
 
-@pytest.mark.parametrize("quality", [10, 62.5])
-def test_three_ways_agree(
-    photo: Path, quality: float, codec: Codec, client: Client, address: str, tmp_path: Path
-) -> None:
+def test_three_ways_agree(photo: Path, codec: Codec, client: Client, address: str, tmp_path: Path) -> None:
+    quality = 62.5 if "l" in photo.stem else 10
     data = codec.encode(photo, quality=quality)
     pixels = codec.decode(data)
 

@@ -98,8 +98,9 @@ def test_training_lowers_the_loss() -> None:
 
 def test_pca_start_is_a_transform_codec() -> None:
     """With zeroed blocks and as many channels as samples, synthesis inverts analysis; with fewer, nearly."""
-    pictures = [torch.from_numpy(image.read(p).copy()).permute(2, 0, 1) for p in sorted(IMAGES.glob("*.png"))]
-    x = pictures[2][None, :, :160, :160].float() / 255
+    names = ("lighthouse", "motocross")
+    pictures = [torch.from_numpy(image.read(IMAGES / f"{name}.png").copy()).permute(2, 0, 1) for name in names]
+    x = pictures[1][None, :, :160, :160].float() / 255
     errors_by_width = []
     for trunk, core, latent in ((192, 640, 768), (128, 256, 320), (64, 40, 64)):
         net = Hourglass(Shape(trunk=trunk, core=core, latent=latent, analysis_blocks=(1, 1), synthesis_blocks=(1, 1)))
@@ -239,13 +240,14 @@ def test_model_id_is_permanent(run: Path, zoo: Path) -> None:
 
 
 def test_two_processes_are_one_run(tmp_path: Path) -> None:
-    """torchrun: each takes half of every batch, one of them logs and saves, and another run goes on from there."""
+    """torchrun: each takes half of every batch, one of them logs and saves, and one process goes on from there."""
     small = ["--latent", "32", "--trunk", "16", "--batch", "4", "--crop", "64", "--prior-steps", "1", "--threads", "1"]
-    for steps in ("2", "4"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-        command += ["hourglass.codec.train", "run", str(IMAGES), "--out", str(tmp_path), "--steps", steps, *small]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["-m", "hourglass.codec.train", "run", str(IMAGES), "--out", str(tmp_path), *small, "--steps"]
+    twice = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for steps, how in (("2", twice), ("4", [])):
+        done = subprocess.run([sys.executable, *how, *command, steps], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+        assert f"step {steps}  loss" in done.stderr + done.stdout
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
 
@@ -269,10 +271,6 @@ def test_commands(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "hourglass.codec.train", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    small = ["--latent", "32", "--trunk", "16", "--steps", "3", "--batch", "2", "--crop", "64", "--prior-steps", "1"]
-    done = python("run", IMAGES, "--out", tmp_path / "run", *small)
-    assert done.returncode == 0, done.stderr
-    assert "step 3  loss" in done.stderr + done.stdout
     done = python("run", IMAGES, "--out", tmp_path / "run", "--crop", "50")
     assert (done.returncode, done.stderr) == (1, "error: --crop is 50; expected a multiple of 64\n")
     (tmp_path / "empty").mkdir()

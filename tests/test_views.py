@@ -256,7 +256,7 @@ def test_by_rows_is_as_in_memory(grey: bool, large: Picture, codec: Codec, tmp_p
         small.decode(out.getvalue())
 
 
-@pytest.mark.parametrize("suffix", ["ppm", "tif", "png"])
+@pytest.mark.parametrize("suffix", ["tif", "png"])
 def test_a_very_wide_picture_by_parts_and_rows(suffix: str, codec: Codec, tmp_path: Path) -> None:
     """More tiles across than are worked on at a time: the same bytes and pixels as in memory, two rows of tiles."""
     if suffix == "png":
@@ -324,12 +324,12 @@ def test_by_rows_has_no_targets_and_no_alpha(data: bytes, codec: Codec, tmp_path
 
 
 def test_a_large_picture_by_the_command_in_little_memory(parrots: Path, tmp_path: Path) -> None:
-    """48 megapixels there and back, each in less memory than the picture alone takes three times over."""
+    """24.6 megapixels there and back; held whole, they take more than 400 MB."""
     colour = image.read(parrots)
     row = np.tile(colour, (1, 16, 1))[:, :12_000]
     with (tmp_path / "a.ppm").open("wb") as file:
-        file.write(b"P6\n12000 4096\n255\n")
-        for number in range(8):
+        file.write(b"P6\n12000 2048\n255\n")
+        for number in range(4):
             file.write(np.ascontiguousarray(np.roll(row, number * 57, axis=1)).data)
     program = (
         "import re, sys; sys.argv[0] = 'compress-image'\n"
@@ -341,7 +341,7 @@ def test_a_large_picture_by_the_command_in_little_memory(parrots: Path, tmp_path
         [sys.executable, "-c", program, *flags], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     for flags in (["a.ppm", "-q", "30"], ["-d", "a.hgc", "-o", "b.ppm"]):
-        assert int(measured(*flags).stderr.split()[-1]) < 600_000  # KiB
+        assert int(measured(*flags).stderr.split()[-1]) < 340_000  # KiB
     assert (tmp_path / "b.ppm").stat().st_size == (tmp_path / "a.ppm").stat().st_size
     header = container.read_header(tmp_path / "a.hgc")
-    assert (header.width, header.height) == (12_000, 4096)
+    assert (header.width, header.height) == (12_000, 2048)

@@ -29,8 +29,8 @@ STREAM = "-"
 LARGE = 1 << 24
 """Pixels of a picture above which it goes from file to file a few rows at a time, where its format allows that."""
 
-_ROOMY = 1 << 22
-"""Pixels of a picture above which writing it as a WebP needs the memory that the models are in."""
+_ROOMY = 1 << 21
+"""Pixels of a picture above which writing it as a WebP or AVIF needs the memory that the models are in."""
 
 LARGE_FILE = 1 << 20
 """Bytes that a file of so many pixels has at least, unless it is nearly empty."""
@@ -423,8 +423,8 @@ def _decode(coder: Coder, options: Options, name: str, target: str) -> Report:
     data = _read(name)
     decoded = [coder.decode_picture(data, **options.view)]
     damage, pixels = decoded[0].losses, decoded[0].width * decoded[0].height
-    if isinstance(coder, codec.Codec) and pixels > (_ROOMY if format == "WEBP" else LARGE):
-        coder.unload()  # writing takes memory too, WebP most
+    if isinstance(coder, codec.Codec) and pixels > (_ROOMY if format in ("WEBP", "AVIF") else LARGE):
+        coder.unload()  # writing takes memory too
     picture, losses = image.save(decoded.pop(), format)  # nothing here holds the pixels meanwhile
     _warn(losses)
     seconds = time.perf_counter() - started

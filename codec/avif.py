@@ -27,7 +27,7 @@ OPTIONS: dict[str, Any] = {"quality": 95, "subsampling": "4:4:4", "speed": 8}
 GREY = {"subsampling": "4:0:0"}
 """The same for a picture without colours."""
 
-WHOLE = 1 << 22
+WHOLE = 5 << 20
 """Pixels up to which a picture is one frame."""
 
 _WIDTH, _HEIGHT, _STEP = 2048, 512, 64

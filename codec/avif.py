@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hourglass.codec import watch
 from hourglass.codec.errors import InvalidArgument
 from hourglass.codec.metadata import Metadata
 from hourglass.codec.reader import pillow_of
@@ -99,6 +100,7 @@ class GridWriter:
 
     def _write_cells(self) -> None:
         """Encode the row of cells in the buffer; what is missing right of it and below repeats the picture's edge."""
+        watch.check()
         self._buffer[self._filled :] = self._buffer[self._filled - 1]
         self._filled = 0
         cells = [self._buffer[:, at : at + self._cell[0]] for at in range(0, self._width, self._cell[0])]

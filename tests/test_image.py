@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-from hourglass.codec import Limits, avif, errors, image, reader, strips
+from hourglass.codec import Limits, avif, errors, image, reader, strips, watch
 from hourglass.codec.image import Metadata, Picture
 
 IMAGES = Path(__file__).parent / "images"
@@ -918,6 +918,10 @@ def test_a_grid_does_not_depend_on_how_its_rows_come() -> None:
     colour = np.tile(image.read(IMAGES / "parrots.png")[:70, :90], (16, 1, 1))  # three rows of cells
     whole = _write_strips(colour, "AVIF", rows=len(colour))
     assert _write_strips(colour, "AVIF", rows=13) == whole == _write_strips(colour, "AVIF", rows=512)
+    stop = threading.Event()
+    stop.set()
+    with watch.watching(stop), pytest.raises(errors.Cancelled):
+        _write_strips(colour, "AVIF")
     with pytest.raises(errors.InvalidArgument, match="PNG written by strips holds no alpha"):
         strips.StripWriter(io.BytesIO(), "PNG", 8, 8, True, alpha=True)
 

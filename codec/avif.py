@@ -49,17 +49,9 @@ class GridWriter:
     What describes the cells stands behind them, and when it is written they are no longer in memory.
     """
 
-    def __init__(
-        self,
-        file: IO[bytes],
-        width: int,
-        height: int,
-        grey: bool,
-        metadata: Metadata | None = None,
-        alpha: bool = False,
-    ) -> None:
+    def __init__(self, file: IO[bytes], width: int, height: int, grey: bool, metadata: Metadata, alpha: bool) -> None:
         self._file, self._width, self._height, self._grey, self._alpha = file, width, height, grey, alpha
-        self._metadata = metadata or Metadata()
+        self._metadata = metadata
         self._cell = _size(width, _WIDTH), _size(height, _HEIGHT)
         self._across, self._down = -(-width // self._cell[0]), -(-height // self._cell[1])
         self._buffer = np.empty((self._cell[1], width, (1 if grey else 3) + alpha), np.uint8)
@@ -70,18 +62,16 @@ class GridWriter:
     def write(self, colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None) -> None:
         """Write the next rows: (rows, W, 3) or, grey, (rows, W) uint8, and (rows, W) alpha where there is one."""
         channels = self._buffer.shape[2] - self._alpha
-        for start in range(0, len(colour), len(self._buffer)):
-            part = colour[start : start + len(self._buffer)].reshape(-1, self._width, channels)
-            done = 0
-            while done < len(part):
-                count = min(len(part) - done, len(self._buffer) - self._filled)
-                into = self._buffer[self._filled : self._filled + count]
-                into[..., :channels] = part[done : done + count]
-                if alpha is not None:
-                    into[..., -1] = alpha[start + done : start + done + count]
-                self._filled, self._rows, done = self._filled + count, self._rows + count, done + count
-                if self._filled == len(self._buffer) or self._rows == self._height:
-                    self._write_cells()
+        colour, done = colour.reshape(-1, self._width, channels), 0
+        while done < len(colour):
+            count = min(len(colour) - done, len(self._buffer) - self._filled)
+            into = self._buffer[self._filled : self._filled + count]
+            into[..., :channels] = colour[done : done + count]
+            if alpha is not None:
+                into[..., -1] = alpha[done : done + count]
+            self._filled, self._rows, done = self._filled + count, self._rows + count, done + count
+            if self._filled == len(self._buffer) or self._rows == self._height:
+                self._write_cells()
 
     def close(self) -> None:
         """Write what stands behind the cells, when all rows are there."""
@@ -93,9 +83,8 @@ class GridWriter:
             contents[_EXIF] = bytes(4) + self._metadata.exif  # its TIFF header is 0 bytes on
         if self._metadata.xmp:
             contents[_XMP] = self._metadata.xmp
-        places = {number: [self._put(content)] for number, content in contents.items()}
-        for number, place in enumerate([*self._places[0], *self._places[1]], _FIRST):
-            places[number] = [place]
+        places = {number: self._put(content) for number, content in contents.items()}
+        places |= enumerate([*self._places[0], *self._places[1]], _FIRST)
         self._file.write(self._meta(places))
 
     def _write_cells(self) -> None:
@@ -148,7 +137,7 @@ class GridWriter:
         self._position += self._file.write(_box(b"mdat", content))
         return place
 
-    def _meta(self, places: dict[int, list[tuple[int, int]]]) -> bytes:
+    def _meta(self, places: dict[int, tuple[int, int]]) -> bytes:
         """The box that says what all items are and where."""
         count = self._across * self._down
         cells = {_GRID: range(_FIRST, _FIRST + count), _ALPHA_GRID: range(_FIRST + count, _FIRST + 2 * count)}
@@ -164,9 +153,7 @@ class GridWriter:
                 references.append(_reference(b"cdsc", number, [_GRID]))
             if number == _ALPHA_GRID:
                 references.append(_reference(b"auxl", number, [_GRID]))
-        locations = b"".join(
-            struct.pack(">HHHQL", number, 0, 1, offset, length) for number, [(offset, length)] in places.items()
-        )
+        locations = b"".join(struct.pack(">HHHQL", number, 0, 1, *place) for number, place in places.items())
         head = struct.pack(">L4s12xx", 0, b"pict")
         return _box(
             b"meta",

@@ -102,7 +102,7 @@ def test_pca_start_is_a_transform_codec() -> None:
     pictures = [torch.from_numpy(image.read(IMAGES / f"{name}.png").copy()).permute(2, 0, 1) for name in names]
     x = pictures[1][None, :, :160, :160].float() / 255
     errors_by_width = []
-    for trunk, core, latent in ((192, 640, 768), (64, 40, 64)):
+    for trunk, core, latent in ((192, 640, 768), (128, 256, 320), (64, 40, 64)):
         net = Hourglass(Shape(trunk=trunk, core=core, latent=latent, analysis_blocks=(1, 1), synthesis_blocks=(1, 1)))
         start_from_pca(net, pictures, torch.Generator().manual_seed(1))
         start_rest(net, pictures, torch.Generator().manual_seed(1))
@@ -110,7 +110,8 @@ def test_pca_start_is_a_transform_codec() -> None:
             back = net.synthesis(net.analysis(x))
         errors_by_width.append(-10 * float(torch.log10((back - x).square().mean())))
     assert errors_by_width[0] > 80
-    assert 40 > errors_by_width[1] > 22
+    assert errors_by_width[0] > errors_by_width[1] > 35
+    assert errors_by_width[1] > errors_by_width[2] > 22
 
 
 def test_weaving() -> None:
@@ -239,16 +240,17 @@ def test_model_id_is_permanent(run: Path, zoo: Path) -> None:
 
 
 def test_two_processes_are_one_run(tmp_path: Path) -> None:
-    """torchrun: each takes half of every batch, and one of them logs and saves."""
+    """torchrun: each takes half of every batch, one of them logs and saves, and another run goes on from there."""
     small = ["--latent", "32", "--trunk", "16", "--batch", "4", "--crop", "64", "--prior-steps", "1", "--threads", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["hourglass.codec.train", "run", str(IMAGES), "--out", str(tmp_path), "--steps", "2", *small]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "step 2  loss" in done.stderr + done.stdout
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    own = ["-m", "hourglass.codec.train", "run", str(IMAGES), "--out", str(tmp_path), *small]
+    for steps, how in (("2", two), ("4", [])):
+        command = [sys.executable, *how, *own, "--steps", steps]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"step {steps}  loss" in done.stderr + done.stdout
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2]
-    assert load_checkpoint(tmp_path / "checkpoint.pt")[1]["step"] == 2
+    assert [row["step"] for row in rows] == [2, 4]
 
 
 def test_data_errors(tmp_path: Path) -> None:

@@ -206,6 +206,8 @@ def write(picture: Picture | Pixels, format: str) -> bytes:
     Grey stays grey but for WebP, which has none. Warns with a `LossWarning` when the format cannot hold alpha (it
     is put on white) or a kind of metadata. Raises `InvalidArgument` for an unknown format, an array of another
     shape, or a picture too large for the format.
+
+    Large WebP and AVIF take up to 24 bytes a pixel; `Codec.unload()` before it gives back what the models hold.
     """
     whole = [picture]
     del picture

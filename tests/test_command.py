@@ -12,6 +12,7 @@ import pytest
 
 from hourglass.codec import Codec, container
 from hourglass.codec.container import Front
+from hourglass.codec.runtime import DEFAULT_MODEL
 
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
 
@@ -132,7 +133,7 @@ def test_one_line_for_each_picture(parrots: Path, tmp_path: Path) -> None:
 
 def test_list(good: bytes, tmp_path: Path, codec: Codec) -> None:
     (tmp_path / "p.hgc").write_bytes(good)
-    assert b"p.hgc: 768x512, quality 20, model hourglass-3, " in run("-l", "p.hgc", cwd=tmp_path).stdout
+    assert f"p.hgc: 768x512, quality 20, model {DEFAULT_MODEL}, ".encode() in run("-l", "p.hgc", cwd=tmp_path).stdout
     row = json.loads(run("-l", "--json", "p.hgc", cwd=tmp_path).stdout)
     header = codec.read_header(good)
     assert (row["model"], row["quality"], row["bytes"]) == (header.model, header.quality, len(good))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hourglass.client import AsyncClient, Client
-from hourglass.codec import Codec, errors, image
+from hourglass.codec import Codec, errors, image, runtime
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = sorted((ROOT / "tests" / "images").glob("*.png"))
@@ -35,7 +35,7 @@ def _versions(pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.uint8]]:
     }
 
 
-@pytest.mark.parametrize("model", ["hourglass-3", CLASSIC])
+@pytest.mark.parametrize("model", [runtime.DEFAULT_MODEL, CLASSIC])
 def test_versions_of_a_picture_are_found(model: str) -> None:
     """Of every version the nearest file is that of its original, and other photographs are not near."""
     codec = Codec(model)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from hourglass.client import Client
 from hourglass.codec import Codec, errors, image, metrics
+from hourglass.codec.runtime import DEFAULT_MODEL
 from hourglass.server.status import STATUS, refusal_of
 from hourglass.v1 import codec_pb2 as pb
 from hourglass.v1 import codec_pb2_grpc
@@ -126,7 +127,7 @@ BAD_REQUESTS = {
     "format": ("Decode", pb.DecodeRequest(file=b"x", format=77), "INVALID_ARGUMENT", "InvalidArgument"),
     "tensor": (
         "Decode",
-        pb.DecodeRequest(code=pb.Code(model="hourglass-3", width=16, height=16, tensors=[pb.Tensor(name="y")])),
+        pb.DecodeRequest(code=pb.Code(model=DEFAULT_MODEL, width=16, height=16, tensors=[pb.Tensor(name="y")])),
         "INVALID_ARGUMENT",
         "CodeError",
     ),
@@ -136,7 +137,7 @@ BAD_REQUESTS = {
         "NOT_FOUND",
         "UnknownModelError",
     ),
-    "code size": ("Decode", pb.DecodeRequest(code=pb.Code(model="hourglass-3")), "INVALID_ARGUMENT", "CodeError"),
+    "code size": ("Decode", pb.DecodeRequest(code=pb.Code(model=DEFAULT_MODEL)), "INVALID_ARGUMENT", "CodeError"),
 }
 
 

@@ -4,8 +4,11 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +16,12 @@ from numpy.typing import NDArray
 from hourglass.codec import container, lossless, runtime
 from hourglass.codec.bands import WINDOW
 from hourglass.codec.container import Header, Reader
+from hourglass.codec.crew import Crew, Submit, done
 from hourglass.codec.errors import ContainerError, CorruptError
 from hourglass.codec.image import Metadata, Picture
 from hourglass.codec.quantise import Symbols
 from hourglass.codec.settings import Region
 from hourglass.codec.tiles import Grid, Piece, Tile, patch, unpack_first, unpack_tile
-
-_Result = TypeVar("_Result")
 
 _WIDE = 32
 """Tiles across from which on memory counts for more than a per cent of time."""
@@ -27,35 +29,47 @@ _WIDE = 32
 _FEW = 16
 """Tiles across, at least, that are synthesised at a time: what lies above those to come need not be held meanwhile."""
 
+_Found: TypeAlias = dict[int, "Future[Piece | None]"]
+"""By number of tile the work that decodes it; None comes of what is damaged."""
+
 KINDS = {"icc": container.ICC, "exif": container.EXIF, "xmp": container.XMP, "iptc": container.IPTC}
 """Field of `Metadata` -> kind of section."""
 
 
-class Each(Protocol):
-    """Results of `work` for tiles of a picture, in their order; several are worked on at a time."""
+@dataclass
+class _Stage:
+    """Tiles of one band: which are decoded, and which then have all that their pixels depend on.
 
-    def __call__(
-        self, model: runtime.Model, grid: Grid, tiles: list[Tile], work: Callable[[Tile, runtime.Model], _Result], /
-    ) -> list[_Result]: ...
+    region: of the picture, what `out` becomes. behind: rows and columns of tiles that are not needed any more as they
+    are, once this is made. last: of its band. under_way: all of its work.
+    """
+
+    decoded: list[Tile]
+    made: list[Tile]
+    region: Region
+    out: NDArray[np.uint8]
+    behind: list[tuple[range, range]]
+    last: bool
+    under_way: list[Future[Any]] = field(default_factory=list)
 
 
 class Decoding:
     """A file of the learned codec on its way to pixels.
 
-    each: runs the work on tiles. at_once: tiles in a band, at least. salvage: what is damaged is no error but an entry
+    crew: works on the tiles. at_once: tiles in a band, at least. salvage: what is damaged is no error but an entry
     of `holes`, one sentence each.
 
     Raises `ContainerError`, in construction and whenever a section is used.
     """
 
     def __init__(
-        self, reader: Reader, model: runtime.Model, each: Each, *, at_once: int = 1, salvage: bool = False
+        self, reader: Reader, model: runtime.Model, crew: Crew, *, at_once: int = 1, salvage: bool = False
     ) -> None:
         header = reader.header
         self.grid = Grid(header.width, header.height, model.side)
         self.quality, self.grey = header.quality, header.colour == container.GREY
         self.holes: list[str] = []
-        self.model, self._reader, self._each = model, reader, each
+        self.model, self._reader, self.crew = model, reader, crew
         self._at_once, self._salvage = at_once, salvage
         self._codes, self._alphas = header.numbers(container.CODE), header.numbers(container.ALPHA)
         if len(self._codes) != len(self.grid):
@@ -96,6 +110,21 @@ class Decoding:
 
     def strips(self, region: Region, scale: int) -> Iterator[NDArray[np.uint8]]:
         """The colours of a region, divided by `scale`, from top to bottom, a band of tiles at a time."""
+        found: _Found = {}
+        begun: deque[_Stage] = deque()
+        # The threads wait for each other, and for what becomes of a band, only while there is no next stage.
+        ahead = 0 if self.crew.threads == 1 else 1
+        with self.crew.at_work() as submit:
+            for stage in self._stages(region, scale):
+                self._begin(submit, stage, scale, found)
+                begun.append(stage)
+                del stage
+                if len(begun) > ahead:
+                    yield from self._finish(begun.popleft(), found)
+            while begun:
+                yield from self._finish(begun.popleft(), found)
+
+    def _stages(self, region: Region, scale: int) -> Iterator[_Stage]:
         x, y, width, height = region
         grid, margin = self.grid, self.model.reach * runtime.STRIDE
         wanted = _stretch(y, height, 0, grid.tile_height, grid.height)
@@ -106,28 +135,27 @@ class Decoding:
         # A band is made from left to right. Above and left of where that stands no latents are held; of the next band,
         # which the filters look at, the first row of tiles is.
         few = max(_FEW, 2 * self._at_once) if size == 1 else len(columns)
-        pieces: dict[int, Piece] = {}
         done = needed.start  # rows of tiles above here are decoded
         for first in wanted[::size]:
             rows = range(first, min(first + size, wanted.stop))
             upto = min(rows.stop + 1, needed.stop)
             begin, end = max(y, rows.start * grid.tile_height), min(y + height, rows.stop * grid.tile_height)
-            left, top, right, bottom = scaled((x, begin, width, end - begin), scale)
+            band = (x, begin, width, end - begin)
+            left, top, right, bottom = scaled(band, scale)
             out = np.empty((bottom - top, right - left, *(() if self.grey else (3,))), np.uint8)
             upon = more_columns.start
             for at in columns[::few]:
                 part = range(at, min(at + few, columns.stop))
                 decoded = range(upon, min(part.stop + 1, more_columns.stop))
                 upon = decoded.stop
+                last = part.stop == columns.stop
+                behind = [(rows, range(max(part.start - 1, 0), part.stop - 1))]
+                if last:
+                    behind.append((rows, range(columns.stop - 1, more_columns.stop)))
                 tiles = grid.tiles(range(done, upto), decoded)
-                found = self._each(self.model, grid, tiles, self._piece)
-                pieces |= {tile.number: piece for tile, piece in zip(tiles, found, strict=True) if piece is not None}
-                self._synthesise(pieces, grid.tiles(rows, part), (x, begin, width, end - begin), scale, out)
-                self._forget(pieces, rows, range(max(part.start - 1, 0), part.stop - 1))
-            self._forget(pieces, rows, range(columns.stop - 1, more_columns.stop))
+                yield _Stage(tiles, grid.tiles(rows, part), band, out, behind, last)
             done = upto
-            yield out
-            del out  # the next one would be made beside it
+            del out  # whoever is given it may let it go
 
     def parts(self, region: Region, scale: int) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
         """`strips` of windows of the region's columns, each with its place x, y among what the region becomes."""
@@ -150,6 +178,41 @@ class Decoding:
             out[y : y + part.shape[0], x : x + part.shape[1]] = part
         return out
 
+    def _begin(self, submit: Submit, stage: _Stage, scale: int, found: _Found) -> None:
+        """Submit all work of a stage."""
+        grid, (left, top, _, _) = self.grid, scaled(stage.region, scale)
+
+        def synthesise(tile: Tile, own: runtime.Model) -> None:
+            around = {number: found[number].result() for number in grid.around(tile) if number in found}
+            pieces = {number: piece for number, piece in around.items() if piece}
+            x, y, width, height = _common(stage.region, tile)
+            x0, y0, x1, y1 = scaled((x, y, width, height), scale)
+            into = stage.out[y0 - top : y1 - top, x0 - left : x1 - left]
+            if tile.number not in pieces:
+                into[:] = _hole(into)
+                return
+            # Only the positions that the region depends on.
+            rows = (y - tile.y) // runtime.STRIDE, -(-(y + height - tile.y) // runtime.STRIDE)
+            columns = (x - tile.x) // runtime.STRIDE, -(-(x + width - tile.x) // runtime.STRIDE)
+            pixels = own.synthesise(patch(own, self.quality, grid, tile, pieces, (*rows, *columns)), scale)
+            y0 -= (tile.y + rows[0] * runtime.STRIDE) // scale
+            x0 -= (tile.x + columns[0] * runtime.STRIDE) // scale
+            into[:] = as_colour(pixels[y0 : y0 + into.shape[0], x0 : x0 + into.shape[1]], self.grey)
+
+        for tile in stage.decoded:
+            found[tile.number] = submit(tile, self._piece)
+            stage.under_way.append(found[tile.number])
+        stage.under_way += [submit(tile, synthesise) for tile in stage.made]
+
+    def _finish(self, stage: _Stage, found: _Found) -> Iterator[NDArray[np.uint8]]:
+        """Wait for a stage, and give its band if that is whole."""
+        for future in stage.under_way:
+            future.result()
+        for rows, columns in stage.behind:
+            self._forget(found, rows, columns)
+        if stage.last:
+            yield stage.out
+
     def _piece(self, tile: Tile, own: runtime.Model) -> Piece | None:
         """None for a tile that is damaged, when salvaging."""
         try:
@@ -165,36 +228,13 @@ class Decoding:
             raise error
         self.holes.append(f"{what}, {tile.width}x{tile.height} pixels at {tile.x},{tile.y}, is lost: {error}")
 
-    def _synthesise(
-        self, pieces: dict[int, Piece], tiles: list[Tile], region: Region, scale: int, out: NDArray[np.uint8]
-    ) -> None:
-        """Write what of a region lies in `tiles` to `out`, which is all of the region; only the positions that it
-        depends on are synthesised."""
-        left, top, _, _ = scaled(region, scale)
-
-        def synthesise(tile: Tile, own: runtime.Model) -> None:
-            x, y, width, height = _common(region, tile)
-            x0, y0, x1, y1 = scaled((x, y, width, height), scale)
-            into = out[y0 - top : y1 - top, x0 - left : x1 - left]
-            if tile.number not in pieces:
-                into[:] = _hole(into)
-                return
-            rows = (y - tile.y) // runtime.STRIDE, -(-(y + height - tile.y) // runtime.STRIDE)
-            columns = (x - tile.x) // runtime.STRIDE, -(-(x + width - tile.x) // runtime.STRIDE)
-            pixels = own.synthesise(patch(own, self.quality, self.grid, tile, pieces, (*rows, *columns)), scale)
-            y0 -= (tile.y + rows[0] * runtime.STRIDE) // scale
-            x0 -= (tile.x + columns[0] * runtime.STRIDE) // scale
-            into[:] = as_colour(pixels[y0 : y0 + into.shape[0], x0 : x0 + into.shape[1]], self.grey)
-
-        self._each(self.model, self.grid, tiles, synthesise)
-
-    def _forget(self, pieces: dict[int, Piece], rows: range, columns: range) -> None:
+    def _forget(self, found: _Found, rows: range, columns: range) -> None:
         """Drop what the rows of tiles behind `rows` do not need of some columns: all but the lower edge of the last."""
         for tile in self.grid.tiles(range(max(rows.start - 1, 0), rows.stop - 1), columns):
-            pieces.pop(tile.number, None)
+            found.pop(tile.number, None)
         for tile in self.grid.tiles([rows.stop - 1], columns):
-            if tile.number in pieces:
-                pieces[tile.number] = pieces[tile.number].bottom(self.model.halo)
+            if tile.number in found and (piece := found[tile.number].result()):
+                found[tile.number] = done(piece.bottom(self.model.halo))
 
     def _alpha(self, region: Region, scale: int) -> NDArray[np.uint8] | None:
         if not self._alphas:
@@ -220,7 +260,7 @@ class Decoding:
             small = runtime.reduced(alpha, scale)[y0 - tile.y // scale : y1 - tile.y // scale]
             out[y0 - top : y1 - top, x0 - left : x1 - left] = small[:, x0 - tile.x // scale : x1 - tile.x // scale]
 
-        self._each(self.model, grid, grid.tiles(rows, columns), fill)
+        self.crew.each(grid.tiles(rows, columns), fill)
         return out
 
 

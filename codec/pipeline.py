@@ -15,7 +15,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,10 +24,11 @@ from typing import Any, BinaryIO, TypeVar, Unpack, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import container, features, lossless, metrics, runtime, watch
+from hourglass.codec import container, features, lossless, metrics, runtime
 from hourglass.codec.aim import Attempt, aim, parse_size
 from hourglass.codec.bands import Band, of_picture, of_strips
 from hourglass.codec.container import FileSource, Front, Header, Reader, Writer
+from hourglass.codec.crew import Crew
 from hourglass.codec.decoding import KINDS, Decoding, as_colour, metadata_of, unstored, whole
 from hourglass.codec.errors import CodeError, InvalidArgument, LossWarning
 from hourglass.codec.image import ImageSource, Metadata, Picture, Pixels, seen
@@ -280,7 +280,7 @@ class Codec:
             pixels = own.synthesise(patch(own, code.quality, grid, tile, pieces))
             out[_place(tile)] = as_colour(pixels[: tile.height, : tile.width], code.grey)
 
-        self._each(model, grid, grid.tiles(), synthesise)
+        self._crew(model, grid).each(grid.tiles(), synthesise)
         return out
 
     def pack(self, code: Code) -> bytes:
@@ -317,7 +317,7 @@ class Codec:
                 return self._described(unstored(reader, whole(header), 1))
             decoding = self._decoding(reader)
             tiles = decoding.grid.tiles()
-            found = self._each(decoding.model, decoding.grid, tiles, decoding.first)
+            found = decoding.crew.each(tiles, decoding.first)
             return features.describe(decoding.model, decoding.grid, zip(tiles, found, strict=True))
 
     def _described(self, picture: Picture) -> NDArray[np.float32]:
@@ -406,23 +406,9 @@ class Codec:
         self.limits.check_tiles(len(grid))
         return grid.bands(_AT_ONCE * self._threads)
 
-    def _each(
-        self, model: runtime.Model, grid: Grid, tiles: list[Tile], work: Callable[[Tile, runtime.Model], _Result]
-    ) -> list[_Result]:
-        """Results of `work` for tiles of a picture: of one tile with all threads, of more with a thread for each tile.
-
-        What runs in a thread gets the model that works in one thread.
-        """
-        single = model if len(grid) == 1 else self._model(model.id, 1)
-
-        def one(tile: Tile) -> _Result:
-            watch.check()
-            return work(tile, single)
-
-        if len(tiles) == 1 or self._threads == 1:
-            return [one(tile) for tile in tiles]
-        with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(watch.carried(one), tiles))
+    def _crew(self, model: runtime.Model, grid: Grid) -> Crew:
+        """A single tile is worked on with all threads, each of several with one."""
+        return Crew(model if len(grid) == 1 else self._model(model.id, 1), self._threads)
 
     def _front(self, quality: float, picture: Picture | Strips) -> Front:
         colour = container.GREY if picture.grey else container.RGB
@@ -443,7 +429,7 @@ class Codec:
                 mine = band.pixels[y : y + tile.height, x : x + tile.width]
                 return work(own, Analysed(own, mine, own.analyse(band.pixels, x, y, tile.width, tile.height)))
 
-            yield self._each(model, grid, band.tiles, analyse)
+            yield self._crew(model, grid).each(band.tiles, analyse)
 
     def _encoded_bands(
         self,
@@ -507,7 +493,7 @@ class Codec:
         if (alpha := picture.alpha) is None:
             return []
         model = self._model(self.model)
-        packed = self._each(model, grid, grid.tiles(), lambda tile, _: lossless.pack(alpha[_place(tile)]))
+        packed = self._crew(model, grid).each(grid.tiles(), lambda tile, _: lossless.pack(alpha[_place(tile)]))
         return [(container.ALPHA, payload) for payload in packed]
 
     def _requantiser(self, picture: Picture) -> Callable[[float, Effort], bytes]:
@@ -523,7 +509,7 @@ class Codec:
             def work(tile: Tile, own: runtime.Model) -> bytes:
                 return pack_tile(own, quality, quantise(analysed[tile.number], quality, effort))
 
-            return self._file(picture, quality, self._each(model, grid, grid.tiles(), work), alpha)
+            return self._file(picture, quality, self._crew(model, grid).each(grid.tiles(), work), alpha)
 
         return encode
 
@@ -584,8 +570,9 @@ class Codec:
         return found.data
 
     def _decoding(self, reader: Reader, salvage: bool = False) -> Decoding:
-        model = self._model(reader.header.model)
-        return Decoding(reader, model, self._each, at_once=_AT_ONCE * self._threads, salvage=salvage)
+        model, header = self._model(reader.header.model), reader.header
+        crew = self._crew(model, Grid(header.width, header.height, model.side))
+        return Decoding(reader, model, crew, at_once=_AT_ONCE * self._threads, salvage=salvage)
 
     def _streamed(
         self, reader: Reader, made: Callable[[Decoding], Iterator[_Result]]
@@ -612,7 +599,7 @@ class Codec:
                 raise CodeError("the picture is stored losslessly: the file has no code; decode it")
             decoding = self._decoding(reader)
             tiles = decoding.grid.tiles()
-            return decoding, self._each(decoding.model, decoding.grid, tiles, decoding.symbols)
+            return decoding, decoding.crew.each(tiles, decoding.symbols)
 
     def _walked(self, code: Code) -> tuple[runtime.Model, Grid, list[Symbols]]:
         """What the prior makes of a code that came from outside, after comparing the code with its model's rules."""
@@ -637,7 +624,7 @@ class Codec:
             coded = int(code.tensors[own.coded.name].flat[tile.number]) if own.coded else own.latent.channels
             return walk_tile(own, code.quality, parts, coded, tile)
 
-        return model, grid, self._each(model, grid, grid.tiles(), walk)
+        return model, grid, self._crew(model, grid).each(grid.tiles(), walk)
 
 
 def _closing(reader: Reader, rows: Iterator[_Result]) -> Iterator[_Result]:

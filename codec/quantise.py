@@ -32,8 +32,9 @@ train/NOTES.md."""
 NEAR = 3
 """Symbols up to this magnitude may move towards 0."""
 
-_NOTHING = 0.05
-"""Bits for each position of the latent that the loss of channels left out may be worth."""
+_NOTHING, _LITTLE = 0.02, 0.06
+"""Bits for each symbol that is not 0 that the loss of channels left out may be worth: of any channels, and of those
+alone that only the largest width codes, which take a third of the time to decode; measured, see train/NOTES.md."""
 
 _RARE = 9.0
 """Bits that a symbol takes in a channel where almost all are 0."""
@@ -148,14 +149,14 @@ def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, 
 
 def _width(scaled: NDArray[np.float32], widths: tuple[int, ...]) -> int:
     """Index of the smallest width that loses next to nothing of a latent times gain (C, rows, columns)."""
-    room = _NOTHING * scaled[0].size
+    lost, symbols = 0.0, np.count_nonzero(abs(scaled) > 0.5)
     for index, width in reversed(list(enumerate(widths[:-1]))):
         for quarter in quarters(scaled):
             size = abs(quarter[width : widths[index + 1]])
             size = size[size > 0.5]
             # Bits that the error of leaving them out is worth, less the bits that they would take.
-            room -= float(np.maximum((2 * size - 1) * WORTH - _RARE, 0).sum())
-        if room < 0:
+            lost += float(np.maximum((2 * size - 1) * WORTH - _RARE, 0).sum())
+        if lost > (_LITTLE if index == len(widths) - 2 else _NOTHING) * symbols:
             return index + 1
     return 0
 

@@ -78,6 +78,12 @@ class Grid:
         )
         return [self.tile(row, column) for row, column in places]
 
+    def around(self, tile: Tile) -> list[int]:
+        """Numbers of a tile and of its neighbours."""
+        row, column = divmod(tile.number, self.across)
+        rows, columns = (range(max(at - 1, 0), min(at + 2, n)) for at, n in ((row, self.down), (column, self.across)))
+        return [down * self.across + across for down, across in itertools.product(rows, columns)]
+
     def bands(self, at_once: int) -> list[range]:
         """All rows of tiles, in runs that have `at_once` tiles or more, where there are so many."""
         size = max(1, -(-at_once // self.across))
@@ -132,9 +138,9 @@ def patch(
     height, width = bottom - top, right - left
     row, column = divmod(tile.number, grid.across)
     around = [
-        (y, x, pieces[number])
-        for y, x in itertools.product((-1, 0, 1), repeat=2)
-        if 0 <= column + x < grid.across and (number := (row + y) * grid.across + column + x) in pieces
+        (number // grid.across - row, number % grid.across - column, pieces[number])
+        for number in grid.around(tile)
+        if number in pieces
     ]
     core = np.zeros((1, 4 * model.core, height, width), np.float32)
     all_zero = all(model.widths[piece.width] <= model.core for _, _, piece in around)

@@ -147,9 +147,10 @@ class Model:
     id: permanent. manifest: as plain data. tensors: the rules of its code tensors, the first of them the latent.
     coded: the rule of the tensor that says how many channels of each tile's latent are coded, or None for all of them.
     widths: how many of each quarter of the latent's channels may be coded. side: of a tile, in pixels. padding:
-    pictures are padded to multiples of it. halo: positions around a tile that the transforms look at. reach: positions
-    of the latent beyond its own that a pixel depends on. core: channels of each quarter that every tile's synthesis
-    gets. colours: channels of the pictures, 3, or 1 for a model of grey ones. grey: id of the model for grey pictures,
+    pictures are padded to multiples of it. edge: the same for what the transforms see; behind that they see zeros, as
+    behind the crops of training. halo: positions around a tile that the transforms look at. reach: positions of the
+    latent beyond its own that a pixel depends on. core: channels of each quarter that every tile's synthesis gets.
+    colours: channels of the pictures, 3, or 1 for a model of grey ones. grey: id of the model for grey pictures,
     or None.
 
     Raises `ModelError` whenever a file is missing or is not what the manifest says.
@@ -160,6 +161,7 @@ class Model:
     grey: str | None = None
     side: int
     padding: int
+    edge: int = STRIDE
     reach: int
     core: int
     widths: tuple[int, ...]
@@ -221,7 +223,7 @@ class Model:
         the family has of it.
 
         x, y: its corner, multiples of 64. Where the picture ends it is padded with its last row and column, up to a
-        multiple of `padding`.
+        multiple of `edge`, and the latent with its last ones, up to one of `padding`.
         """
         raise NotImplementedError
 
@@ -235,11 +237,13 @@ class Model:
     def _image(self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> dict[str, NDArray[Any]]:
         """The inputs of encoder.onnx for a rectangle, see `analyse`."""
         halo = self.halo * STRIDE
-        bottom, right = y + height + -height % self.padding, x + width + -width % self.padding
+        bottom, right = y + height + -height % self.edge, x + width + -width % self.edge
         top, left = max(y - halo, 0), max(x - halo, 0)
-        # Beyond the rectangle only what the picture has, in whole positions.
-        low = max(bottom, min(bottom + halo, pixels.shape[0] // STRIDE * STRIDE))
-        far = max(right, min(right + halo, pixels.shape[1] // STRIDE * STRIDE))
+        # Beyond the rectangle only what the picture has.
+        low, far = (
+            max(end, min(end + halo, size + -size % STRIDE))
+            for end, size in ((bottom, pixels.shape[0]), (right, pixels.shape[1]))
+        )
         part = pixels[top:low, left:far]
         if part.ndim == 2:
             part = np.repeat(part[..., None], self.colours, axis=2)
@@ -307,6 +311,7 @@ class Hyperprior(Model):
         _, self.hyper, self.coded = self.tensors
         self.side = self.coded.stride
         self.widths = tuple(int(width) for width in manifest["widths"])
+        self.edge = int(manifest.get("edge", PADDING))
         network = manifest["network"]
         self.core = int(network["core"]) // 4
         # 3x3 filters, one in each block at 1/16 and 1/8 resolution, and one more.
@@ -405,13 +410,20 @@ class Hyperprior(Model):
         """Squared error of what a latent (C, h, w) decodes to, summed over the samples of
         (H, W, 3) or (H, W) uint8, and its gradient.
 
-        The picture is padded as for the analysis; the padding has no error.
+        The picture is padded as for the analysis; the padding has no error, and positions behind it no gradient.
         """
-        image = _padded(pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2))
+        image = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+        (height, width), edge = pixels.shape[:2], self.edge
+        image = np.pad(image, ((0, -height % edge), (0, -width % edge), (0, 0)), mode="edge")
         inside = np.zeros((1, *image.shape[:2], 1), np.uint8)
-        inside[:, : pixels.shape[0], : pixels.shape[1]] = 1
-        error, slope = self._run("gradient.onnx", {"latent": latent[None], "image": image[None], "inside": inside})
-        return float(error), slope[0]
+        inside[:, :height, :width] = 1
+        seen = np.s_[:, : image.shape[0] // STRIDE, : image.shape[1] // STRIDE]
+        inputs: dict[str, NDArray[Any]]
+        inputs = {"latent": np.ascontiguousarray(latent[seen])[None], "image": image[None], "inside": inside}
+        error, slope = self._run("gradient.onnx", inputs)
+        whole = np.zeros_like(latent)
+        whole[seen] = slope[0]
+        return float(error), whole
 
     def synthesise(self, patch: Patch, scale: int = 1) -> NDArray[np.uint8]:
         """Synthesis transform: (16 rows / scale, 16 columns / scale, 3) uint8 of the positions to keep.
@@ -486,13 +498,6 @@ def reduced(pixels: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
     shape = (len(padded) // scale, scale, padded.shape[1] // scale, scale, *pixels.shape[2:])
     sums = padded.reshape(shape).sum((1, 3), dtype=np.uint32)
     return np.asarray((sums + scale * scale // 2) // (scale * scale), np.uint8)
-
-
-def _padded(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """With its last row and column repeated, up to multiples of PADDING."""
-    height, width = pixels.shape[:2]
-    bottom, right = -height % PADDING, -width % PADDING
-    return np.pad(pixels, ((0, bottom), (0, right), (0, 0)), mode="edge") if bottom or right else pixels
 
 
 def _nearest(quality: float) -> int:

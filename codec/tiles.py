@@ -125,11 +125,11 @@ def patch(
     """
     halo, tall, wide = model.halo, grid.tile_height // runtime.STRIDE, grid.tile_width // runtime.STRIDE
     rows, columns = -(-tile.height // runtime.STRIDE), -(-tile.width // runtime.STRIDE)
-    padding = model.padding // runtime.STRIDE
-    if tile.y + tile.height == grid.height:  # behind the picture's end lie the positions that pad it
-        rows += -rows % padding
+    edge = model.edge // runtime.STRIDE
+    if tile.y + tile.height == grid.height:  # what the transforms see ends a little behind the picture
+        rows += -rows % edge
     if tile.x + tile.width == grid.width:
-        columns += -columns % padding
+        columns += -columns % edge
     y0, y1, x0, x1 = window or (0, rows, 0, columns)
     top = max(y0 - model.reach, -halo if tile.y else 0)
     left = max(x0 - model.reach, -halo if tile.x else 0)

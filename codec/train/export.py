@@ -146,6 +146,7 @@ def _facts(net: Hourglass, folder: Path) -> dict[str, Any]:
             {"name": "c", "channels": 1, "stride": TILE},
         ],
         "halo": HALO,
+        "edge": STRIDE,
         "widths": graphs.widths(net.shape),
         "exactness": exactness.bounds((folder / "prior.onnx").read_bytes()),
     }

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -37,10 +37,11 @@ _FEATURES = (1, "features", "features_rows", "features_columns")
 
 
 class EncoderGraph(nn.Module):
-    """image (1, H, W, 3) uint8, keep (4,) int64 -> latent (1, C, h, w), hyper (1, Z, h/4, w/4).
+    """image (1, H, W, 3) uint8, keep (4,) int64 -> latent (1, C, 4 h, 4 w), hyper (1, Z, h, w).
 
     H and W are multiples of 16. keep: first and last row, first and last column (exclusive) of the latent's H/16 x W/16
-    positions that are wanted, h x w of them, both multiples of 4; the others are only there to be seen by these.
+    positions that are wanted; the others are only there to be seen by these. The wanted ones are padded with the last
+    row and column of them, up to multiples of 4.
     """
 
     def __init__(self, net: Hourglass) -> None:
@@ -61,8 +62,14 @@ class EncoderGraph(nn.Module):
         rows = image.reshape(height, width // 8, 24).permute(0, 2, 1).reshape(1, height // 8, 192, width // 8)
         d = rows.permute(0, 2, 1, 3).float()
         y = weave(self.coarse(self.to_latent(self.fine(self.to_trunk(d)))), self.to_rest(d))
-        y = y[:, :, keep[0] : keep[1], keep[2] : keep[3]]
+        y = y.index_select(2, _whole(keep[0], keep[1])).index_select(3, _whole(keep[2], keep[3]))
         return y, self.to_quarter(self.blocks(self.to_half(F.silu(self.narrow(y)))))
+
+
+def _whole(first: Tensor, end: Tensor) -> Tensor:
+    """first ... end - 1, the last one repeated up to a multiple of 4 numbers."""
+    count = (end - first + 3) // 4 * 4
+    return (first + torch.arange(cast("int", count))).clamp(max=end - 1)
 
 
 class DecoderGraph(nn.Module):

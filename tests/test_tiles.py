@@ -110,6 +110,19 @@ def test_no_seams(large: NDArray[np.uint8], tmp_path: Path) -> None:
     assert max(worse) < 0.2
 
 
+@pytest.mark.parametrize("quality", [10, 50, 80])
+@pytest.mark.parametrize("size", [(480, 720), (500, 600), (449, 737)])
+def test_edges_are_as_good_as_the_rest(size: tuple[int, int], quality: float, parrots: Path, codec: Codec) -> None:
+    """What ends in the middle of the code's 64 pixels is as good at its end as where the picture goes on there."""
+    whole = image.read(parrots)
+    picture = np.ascontiguousarray(whole[: size[0], : size[1]])
+    decoded = codec.decode(codec.encode(picture, quality=quality, fallback=False)).astype(float)
+    beside = codec.decode(codec.encode(whole, quality=quality, fallback=False))[: size[0], : size[1]].astype(float)
+    for edge in (np.s_[-16:], np.s_[:, -16:]):
+        worse = np.square(decoded - picture)[edge].mean() / np.square(beside - picture)[edge].mean()
+        assert 10 * np.log10(worse) < 1
+
+
 def test_targets(large: NDArray[np.uint8], codec: Codec) -> None:
     assert 29_100 <= len(codec.encode(large, target_size=30_000)) <= 30_000
     assert metrics.psnr(large, codec.decode(codec.encode(large, target_psnr=32))) >= 32

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeAlias
 
 import constriction
 import numpy as np
@@ -58,6 +59,11 @@ class Tables:
         """(T,) bool: the tables that code nothing."""
         return np.asarray(np.diff(self.start) == 1)
 
+    @cached_property
+    def escapes(self) -> NDArray[np.int32]:
+        """(T,) int32: the number of the escape code among the entries of a table that has other ones, else -1."""
+        return np.where(self.sure_zero, -1, np.diff(self.start) - 1).astype(np.int32)
+
     def model(self, table: int) -> constriction.stream.model.Model:
         """constriction's model of a table; made once."""
         if table not in self._models:
@@ -88,7 +94,7 @@ class Encoder:
         if np.count_nonzero(flat) and flat[tables.sure_zero[index.reshape(-1)]].any():
             raise ValueError("a symbol whose table is a sure zero is not 0")
         outside = []
-        order, groups = _grouped(index, tables)
+        order, _, _, groups = _grouped(index, tables)
         values = flat[order].astype(np.int32)
         for table, members in groups:
             entries = tables.start[table + 1] - tables.start[table] - 1
@@ -123,21 +129,19 @@ class Decoder:
     def get(self, index: NDArray[np.uint8]) -> NDArray[np.int16]:
         """The next symbols, int16 of the shape of `index`."""
         tables = self._tables
-        order, groups = _grouped(index, tables)
-        values = np.empty(len(order), np.int16)
-        escapes = []
+        order, used, counts, groups = _grouped(index, tables)
+        entries = np.zeros(len(order), np.int32)
         try:
             for table, members in groups:
-                entries = tables.start[table + 1] - tables.start[table] - 1
-                entry = self._coder.decode(tables.model(table), members.stop - members.start)
-                if entry.max() == entries:
-                    escaped = members.start + np.flatnonzero(entry == entries)
-                    escapes.append((escaped, int(tables.first[table]), int(entries)))
-                values[members] = entry + tables.first[table]
-            _decode_escapes(self._coder, values, escapes)
+                entries[members] = self._coder.decode(tables.model(table), members.stop - members.start)
+            escaped = np.flatnonzero(entries == np.repeat(tables.escapes[used], counts))
+            entries += np.repeat(np.where(tables.sure_zero[used], 0, tables.first[used]), counts)
+            values = entries.astype(np.int16)
+            if len(escaped):
+                _decode_escapes(self._coder, values, escaped, index.reshape(-1)[order[escaped]], tables)
         except AssertionError as exc:  # what constriction raises when the bits fit no symbol
             raise CorruptError(f"entropy-coded data is invalid: {exc}") from exc
-        flat = np.zeros(index.size, np.int16)
+        flat = np.empty(index.size, np.int16)
         flat[order] = values
         return flat.reshape(index.shape)
 
@@ -159,7 +163,7 @@ def count(
     symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables
 ) -> Iterator[tuple[int, NDArray[np.intp]]]:
     """(table, how often each of its entries comes) for each table in use, ascending; sure zeros left out."""
-    order, groups = _grouped(index, tables)
+    order, _, _, groups = _grouped(index, tables)
     values = symbols.reshape(-1)[order].astype(np.int64)
     for table, members in groups:
         entries = len(tables.frequencies_of(table))
@@ -168,16 +172,22 @@ def count(
         yield table, np.bincount(entry, minlength=entries)
 
 
-def _grouped(index: NDArray[np.uint8], tables: Tables) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
-    """Places, in flat order, of all symbols that are coded, those of one table behind those of another, ascending; and
-    for each table in use which of them are its. Sure zeros are left out."""
+_Groups: TypeAlias = tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp], list[tuple[int, slice]]]
+
+
+def _grouped(index: NDArray[np.uint8], tables: Tables) -> _Groups:
+    """Symbols by table: their places in flat order, those of one table behind those of another, ascending; the tables
+    in use and how many symbols each has; and for each of them that codes something which of the places are its.
+    """
     flat = index.reshape(-1)
-    coded = np.flatnonzero(~tables.sure_zero[flat])
-    used = flat[coded]
-    order = coded[np.argsort(used, kind="stable")]  # a radix sort for uint8
-    ends = np.cumsum(np.bincount(used, minlength=len(tables))).tolist()
-    groups = enumerate(pairwise([0, *ends]))
-    return order, [(table, slice(begin, end)) for table, (begin, end) in groups if end > begin]
+    order = np.argsort(flat, kind="stable")  # a radix sort for uint8
+    counts = np.bincount(flat, minlength=len(tables))
+    used = np.flatnonzero(counts)
+    counts = counts[used]
+    ends = np.cumsum(counts).tolist()
+    groups = zip(used.tolist(), pairwise([0, *ends]), strict=True)
+    sure = tables.sure_zero
+    return order, used, counts, [(table, slice(begin, end)) for table, (begin, end) in groups if not sure[table]]
 
 
 def _encode_gamma(coder: constriction.stream.queue.RangeEncoder, distance: NDArray[np.int32]) -> None:
@@ -194,24 +204,23 @@ def _encode_gamma(coder: constriction.stream.queue.RangeEncoder, distance: NDArr
 def _decode_escapes(
     coder: constriction.stream.queue.RangeDecoder,
     values: NDArray[np.int16],
-    escapes: list[tuple[NDArray[np.intp], int, int]],
+    places: NDArray[np.intp],
+    index: NDArray[np.uint8],
+    tables: Tables,
 ) -> None:
-    """Read the distances behind the symbols and put the escaped symbols, in the order coded, into `values`."""
-    count = sum(len(places) for places, _, _ in escapes)
-    if not count:
-        return
-    bits = coder.decode(constriction.stream.model.Uniform(18), count)
-    number = np.ones(count, np.int64)
+    """Read the distances behind the symbols and put the escaped symbols, in the order coded, into `values`.
+
+    places: of those in `values`. index: the table of each.
+    """
+    bits = coder.decode(constriction.stream.model.Uniform(18), len(places))
+    number = np.ones(len(places), np.int64)
     for low in range(1, 18):
         group = np.flatnonzero(bits == low)
         if len(group):
             number[group] = coder.decode(constriction.stream.model.Uniform(1 << low), len(group)) + (1 << low)
-    begin = 0
-    for places, first, entries in escapes:
-        distance = number[begin : begin + len(places)] - 1
-        begin += len(places)
-        below = distance % 2 == 1
-        value = first + np.where(below, -(distance + 1) // 2, entries + distance // 2)
-        if (value.astype(np.int16) != value).any():
-            raise CorruptError("an escaped symbol is outside the range of int16")
-        values[places] = value
+    distance = number - 1
+    below = distance % 2 == 1
+    value = tables.first[index] + np.where(below, -(distance + 1) // 2, tables.escapes[index] + distance // 2)
+    if (value.astype(np.int16) != value).any():
+        raise CorruptError("an escaped symbol is outside the range of int16")
+    values[places] = value

@@ -132,7 +132,7 @@ def _steps(
     features = model.no_features
     for step in range(STEPS):
         level, mean, features = model.step(step, z, known, features, units)
-        table = model.level_tables[level]
+        table = np.take(model.level_tables, level)
         for part, (_, down, across) in zip(quarters(table), places(channels, step), strict=True):
             part[:, -((down.start - rows) // 2) :] = 0
             part[:, :, -((across.start - columns) // 2) :] = 0

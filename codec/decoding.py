@@ -106,6 +106,8 @@ class Decoding:
         if grid.down <= size:
             return pixels
         positions = size * grid.tile_height * grid.width // runtime.STRIDE**2
+        if grid.across < _WIDE:  # the next band is begun before this one is gone
+            pixels *= 2
         return pixels + positions * self.model.latent.channels * np.dtype(np.int16).itemsize
 
     def strips(self, region: Region, scale: int) -> Iterator[NDArray[np.uint8]]:
@@ -116,6 +118,8 @@ class Decoding:
         ahead = 0 if self.crew.threads == 1 else 1
         with self.crew.at_work() as submit:
             for stage in self._stages(region, scale):
+                if begun and begun[-1].last and self.grid.across >= _WIDE:  # no two bands of a wide picture are held
+                    yield from self._finish(begun.popleft(), found)
                 self._begin(submit, stage, scale, found)
                 begun.append(stage)
                 del stage

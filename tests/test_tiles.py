@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from hourglass.codec import Code, Codec, container, errors, image, metrics, runtime
 from hourglass.codec.container import Front
-from hourglass.codec.tiles import Grid
+from hourglass.codec.crew import Crew
+from hourglass.codec.tiles import Grid, Tile
 
 IMAGES = Path(__file__).parent / "images"
 SIDE = 512
@@ -126,6 +128,36 @@ def test_edges_are_as_good_as_the_rest(size: tuple[int, int], quality: float, pa
 def test_targets(large: NDArray[np.uint8], codec: Codec) -> None:
     assert 29_100 <= len(codec.encode(large, target_size=30_000)) <= 30_000
     assert metrics.psnr(large, codec.decode(codec.encode(large, target_psnr=32))) >= 32
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_crew(threads: int, codec: Codec) -> None:
+    tiles = Grid(2048, 64, SIDE).tiles()
+    crew = Crew(runtime.open_model(codec.model), threads)
+    assert crew.each(tiles, lambda tile, model: (tile.number, model.id)) == [(n, codec.model) for n in range(4)]
+    with crew.at_work() as submit:
+        first = submit(tiles[0], lambda tile, _: tile.x)
+        behind = submit(tiles[1], lambda tile, _: first.result() + tile.x)
+        assert behind.result() == SIDE
+
+
+def test_a_crew_drops_what_has_not_begun(codec: Codec) -> None:
+    tiles, crew = Grid(4096, 64, SIDE).tiles(), Crew(runtime.open_model(codec.model), 2)
+    finished = []
+
+    def work(tile: Tile, _: runtime.Model) -> None:
+        if tile.number == 1:
+            raise errors.CorruptError("damaged")
+        time.sleep(0.3)
+        finished.append(tile.number)
+
+    def go() -> None:
+        with crew.at_work() as submit:
+            [submit(tile, work) for tile in tiles][1].result()
+
+    with pytest.raises(errors.CorruptError, match="damaged"):
+        go()
+    assert sorted(finished) == [0, 2]  # what had begun was waited for
 
 
 def test_missing_tile(large: NDArray[np.uint8], codec: Codec) -> None:

@@ -187,7 +187,7 @@ class Outlook:
         hurried = len(_hurried(pillow_of(colour, alpha)))
         share = part.shape[0] * part.shape[1] / (self._height * self._width)
         few = self._height * self._width <= _LITTLE
-        return bool(hurried / share * min(self._fresh, self._new) < (3.5 if few else 2) * size)
+        return bool(hurried / share * min(self._fresh, self._new) < (3.5 if few else 1.5) * size)
 
     def _taken(self, rows: list[int] | slice) -> NDArray[np.uint8]:
         """Some rows of colour and alpha in one array."""

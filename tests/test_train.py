@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from hourglass.codec import Codec, errors, image, metrics
 from hourglass.codec.runtime import open_model
@@ -205,15 +206,18 @@ def test_exported_graphs_are_the_network(run: Path, zoo: Path) -> None:
     net, _ = load_checkpoint(run / "checkpoint.pt")
     codec, model = Codec("small-1", zoo=zoo), open_model("small-1", zoo)
     picture = image.read(IMAGES / "motocross.png")[:75, :117]
-    padded = np.pad(picture, ((0, 53), (0, 11), (0, 0)), mode="edge")
+    padded = np.pad(picture, ((0, 5), (0, 11), (0, 0)), mode="edge")  # whole positions
     x = torch.from_numpy(padded).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
-        y = net.analysis(x)
+        y = F.pad(net.analysis(x), (0, 0, 0, 3), mode="replicate")  # whole ones of the hyper-latent
         found = model.analyse(picture, 0, 0, 117, 75)
         assert np.allclose(found["y"], y[0], atol=1e-4)
         assert np.allclose(found["z"], net.hyper(y)[0], atol=1e-4)
+
+        whole = image.read(IMAGES / "motocross.png")[:128, :128]
+        y = net.analysis(torch.from_numpy(whole).permute(2, 0, 1)[None].float() / 255)
         decoded, bits = net.code(y, torch.tensor([70.0]), "round")
-    data = codec.encode(padded, quality=70, effort="fast")
+    data = codec.encode(whole, quality=70, effort="fast")
     pixels = (decoded[0].permute(1, 2, 0) * 255 + 0.5).floor().numpy()
     difference = abs(codec.decode(data) - pixels)
     assert difference.mean() < 1.5  # means are rounded to 1/16 of a symbol

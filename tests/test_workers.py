@@ -305,6 +305,8 @@ def test_supervisor_gone_while_a_worker_begins(started: Callable[..., Process]) 
     os.kill(first, signal.SIGKILL)
     _wait_until(lambda: server.workers() not in ([], [first]))
     (second,) = server.workers()
+    # Before a new process has its orders it is Python's alone, which then prints a traceback of its own.
+    _wait_until(lambda: "numpy" in Path(f"/proc/{second}/maps").read_text())
     server.process.kill()
     _wait_until(lambda: not _works(second))
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from hourglass.codec import avif
+from hourglass.codec import avif, lossless
 from hourglass.codec.errors import InvalidArgument, LossWarning
 from hourglass.codec.formats import FORMATS, STRIP_WRITABLE, WRITABLE, check_format
 from hourglass.codec.limits import Limits
@@ -93,6 +93,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _LEAN, _LEAN_WEBP = 1 << 22, {"method": 0, "quality": 0}
 """Pixels above which a WebP is written in a hurry: in 26 in place of 34 to 39 bytes of memory a pixel, in a tenth of
 the time, a twentieth larger."""
+
+_NOISY, _NOISE = 10_200_000, 20_000_000
+"""Pixels of a WebP, and bytes of it made in a hurry, above both of which it would take more than 350 MB and twice the
+raw picture: ordinary photographs of the first size have half as much."""
 
 
 def read(source: ImageSource, limits: Limits | None = None) -> NDArray[np.uint8]:
@@ -233,13 +237,18 @@ def save(picture: Picture | Pixels, format: str) -> tuple[bytes, list[str]]:
     large = picture.width * picture.height > (avif.WHOLE if format == "AVIF" else _LARGE) and format in STRIP_WRITABLE
     if large and (written := _by_rows(colour, alpha, metadata, format)) is not None:
         return written, losses
-    out, size = io.BytesIO(), f"{picture.width}x{picture.height}"
+    out, size, count = io.BytesIO(), f"{picture.width}x{picture.height}", picture.width * picture.height
+    if format == "WEBP" and count > _NOISY and lossless.hurried_bits(colour, alpha) * count / 8 > _NOISE:
+        raise InvalidArgument(
+            f"a picture of {size} pixels that is all but noise is not written as WEBP, whose encoder would take too "
+            f"much memory; the limit for such ones is {_NOISY} pixels; choose PNG, TIFF, JPEG or AVIF"
+        )
     try:
         with quiet():
             options = {**_OPTIONS.get(format, {}), **_save_options(metadata, format)}
             if format == "AVIF" and colour.ndim == 2 and alpha is None:
                 options |= avif.GREY
-            if format == "WEBP" and picture.width * picture.height > _LEAN:
+            if format == "WEBP" and count > _LEAN:
                 options |= _LEAN_WEBP
             converted = pillow_of(colour, alpha)
             del picture, colour, alpha  # where nobody else has them their memory is free now

@@ -151,12 +151,17 @@ def _webp_ways(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None, thoro
         return [_USUAL]
     if room < _FAR.least:
         return []
-    rows = [row for row in range(height) if row % (12 * _STRIP) < _STRIP]
-    part = pillow_of(colour[rows], None if alpha is None else alpha[rows])
-    bits = 8 * len(_hurried(part)) / (len(rows) * width)
+    bits = hurried_bits(colour, alpha)
     if _USUAL.takes(bits) <= room:
         return [_USUAL]
     return [way for way in (_FAR, _NEAR) if way.takes(bits) <= room]
+
+
+def hurried_bits(colour: NDArray[np.uint8], alpha: NDArray[np.uint8] | None = None) -> float:
+    """Bits a pixel that a lossless WebP, made in a hurry, of a twelfth of the rows takes; noise has 8 a sample."""
+    rows = [row for row in range(len(colour)) if row % (12 * _STRIP) < _STRIP]
+    part = pillow_of(colour[rows], None if alpha is None else alpha[rows])
+    return 8 * len(_hurried(part)) / (part.width * part.height)
 
 
 class Outlook:

@@ -947,3 +947,12 @@ def test_strip_arguments(tmp_path: Path) -> None:
             opened.read(0)
         assert opened.read(5).tolist() == [[1, 2]]
         assert opened.read(5).shape == (0, 2)
+
+
+def test_a_large_webp_of_noise_is_refused() -> None:
+    """Its encoder would take more memory than the README says."""
+    noise = np.random.default_rng(0).integers(0, 256, (3200, 3200, 3), dtype=np.uint8)
+    with pytest.raises(errors.InvalidArgument, match="3200x3200 pixels that is all but noise is not written as WEBP"):
+        image.write(noise, "WEBP")
+    noise[100:-100, 100:-100] = 7  # most of it is not
+    assert np.array_equal(image.load(image.write(noise, "WEBP")).colour, noise)

@@ -100,7 +100,7 @@ class Decoding:
     def band_bytes(self) -> int:
         """What `strips` holds at a time of the whole picture, of pixels and latents, at most."""
         grid = self.grid
-        size = max(1, -(-self._at_once // grid.across))
+        size = self._rows_of_tiles(grid.across)
         rows = min(size * grid.tile_height, grid.height)
         pixels = rows * grid.width * (1 if self.grey else 3)
         if grid.down <= size:
@@ -128,6 +128,10 @@ class Decoding:
             while begun:
                 yield from self._finish(begun.popleft(), found)
 
+    def _rows_of_tiles(self, across: int) -> int:
+        """How many make up a band that is `across` tiles wide."""
+        return max(1, -(-self._at_once // across))
+
     def _stages(self, region: Region, scale: int) -> Iterator[_Stage]:
         x, y, width, height = region
         grid, margin = self.grid, self.model.reach * runtime.STRIDE
@@ -135,7 +139,7 @@ class Decoding:
         needed = _stretch(y, height, margin, grid.tile_height, grid.height)
         columns = _stretch(x, width, 0, grid.tile_width, grid.width)
         more_columns = _stretch(x, width, margin, grid.tile_width, grid.width)
-        size = max(1, -(-self._at_once // len(more_columns)))
+        size = self._rows_of_tiles(len(more_columns))
         # A band is made from left to right. Above and left of where that stands no latents are held; of the next band,
         # which the filters look at, the first row of tiles is.
         few = max(_FEW, 2 * self._at_once) if size == 1 else len(columns)

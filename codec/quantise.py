@@ -149,10 +149,11 @@ def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, 
 
 def _width(scaled: NDArray[np.float32], widths: tuple[int, ...]) -> int:
     """Index of the smallest width that loses next to nothing of a latent times gain (C, rows, columns)."""
-    lost, symbols = 0.0, np.count_nonzero(abs(scaled) > 0.5)
+    sizes = abs(scaled)
+    lost, symbols = 0.0, np.count_nonzero(sizes > 0.5)
     for index, width in reversed(list(enumerate(widths[:-1]))):
-        for quarter in quarters(scaled):
-            size = abs(quarter[width : widths[index + 1]])
+        for quarter in quarters(sizes):
+            size = quarter[width : widths[index + 1]]
             size = size[size > 0.5]
             # Bits that the error of leaving them out is worth, less the bits that they would take.
             lost += float(np.maximum((2 * size - 1) * WORTH - _RARE, 0).sum())

@@ -21,7 +21,7 @@ from hourglass.codec.train import loop, prior
 from hourglass.codec.train.blocks import squared_error
 from hourglass.codec.train.classic import SHAPES, Classic, start_linear
 from hourglass.codec.train.data import list_training, load_pieces
-from hourglass.codec.train.export import export, load_checkpoint
+from hourglass.codec.train.export import LARGE, export, halve, load_checkpoint
 from hourglass.codec.train.network import Hourglass, Shape, start_from_pca, start_rest, unweave, weave
 
 IMAGES = Path(__file__).parent / "images"
@@ -136,6 +136,35 @@ def test_a_wider_network_starts_as_the_narrow_one(run: Path) -> None:
     assert torch.allclose(*core, atol=1e-5)
     assert 0.95 * float(bits) < float(wider_bits) < 2 * float(bits)
     assert float((b - x).square().mean()) < 1.05 * float((a - x).square().mean())
+
+
+def test_large_weights_are_kept_in_half_the_bytes(tmp_path: Path) -> None:
+    """What is kept is what was exported, bit for bit, and next to what was trained."""
+    net = Hourglass(Shape(trunk=32, latent=64, core=32))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    kept = halve(net)
+    torch.save({"shape": net.shape.as_dict(), "ema": kept}, tmp_path / "kept.pt")
+    loaded, _ = load_checkpoint(tmp_path / "kept.pt")
+    for name, value in loaded.state_dict().items():
+        assert (kept[name].dtype == torch.float16) == (value.numel() >= LARGE)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, net.state_dict()[name])
+        assert torch.allclose(value, before[name], rtol=2**-11, atol=2**-25)
+    assert any(value.dtype == torch.float16 for value in kept.values())
+
+
+def test_steps_between_blocks_count_where_it_is_smooth() -> None:
+    """An error that is the same everywhere has none; blocks that are off by one have four for each pair of neighbours,
+    of their means and along their borders; where the picture has detail that counts little."""
+    smooth = torch.linspace(0.2, 0.8, 64).expand(1, 3, 64, 64)
+    detail = smooth + 0.3 * (torch.arange(64) % 2) - 0.15
+    blocks = 0.01 * ((torch.arange(64)[:, None] // 8 + torch.arange(64) // 8) % 2)
+    grain = 0.01 * ((torch.arange(64)[:, None] + torch.arange(64)) % 2)
+    assert float(loop.uneven(smooth, smooth + 0.1)) < 1e-9
+    found = float(loop.uneven(smooth, smooth + blocks))
+    assert found == pytest.approx(4 * 0.01**2, rel=0.4)
+    assert float(loop.uneven(detail, detail + blocks)) < found / 100
+    assert float(loop.uneven(smooth, smooth + grain)) < found / 100
 
 
 def test_the_encoders_choices() -> None:

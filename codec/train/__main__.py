@@ -150,6 +150,7 @@ def export(
     """Export a model of the zoo from RUN: the folder of a run, or a file of weights."""
     net, values = exporting.load_checkpoint(run / "checkpoint.pt" if run.is_dir() else run)
     paths = list_training(pictures, tier)
+    weights = exporting.halve(net)
     training = {
         "pictures": len(paths),
         "source": note or pictures.name + (f", tier {tier}" if tier else ""),
@@ -160,8 +161,8 @@ def export(
     pieces = load_pieces(paths, 16, torch.device("cpu"))
     target = exporting.export(net, pieces, model_id, zoo, training, image.list_pictures(measure), grey)
     if keep:
-        kept = ("shape", "settings", "step", "seconds", "ema")
-        torch.save({name: value for name, value in values.items() if name in kept}, keep)
+        kept = {name: values[name] for name in ("shape", "settings", "step", "seconds")}
+        torch.save(kept | {"ema": weights}, keep)
     size = sum(path.stat().st_size for path in target.iterdir())
     click.echo(f"{target}: {size / 1e6:.1f} MB")
 

@@ -193,7 +193,7 @@ class ClassicSynthesis(nn.Module):
 class Classic(nn.Module):
     """The trained whole: `analysis`, `gains`, `prior`, `synthesis`."""
 
-    edges = 0.0
+    smooth = 0.0
 
     def __init__(self, shape: ClassicShape | None = None) -> None:
         super().__init__()

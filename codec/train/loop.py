@@ -36,6 +36,12 @@ from hourglass.codec.train.prior import Mode
 Network: TypeAlias = "Hourglass | Classic"
 AnyShape: TypeAlias = "Shape | ClassicShape"
 
+SMOOTHED = 80
+"""Quality from which on `uneven` does not count."""
+
+ACTIVITY = 40.0
+"""Mean square of the gradient, in grey levels for each pixel, at which an area counts a quarter in `uneven`."""
+
 QUALITIES = (0, 25, 50, 75, 100)
 """Qualities at which the held-out pictures are measured."""
 
@@ -90,8 +96,7 @@ def loss_of(net: Network, x: Tensor, quality: Tensor, mode: Mode = "noise", nois
     Each picture's loss is divided by sqrt(lambda), about its rate: so that one per cent of rate weighs the same
     at every quality, as it does in a BD-rate, and the high qualities do not drown the low ones.
 
-    At low qualities the error's steps from one 8x8 block to the next count too: the eye sees them in smooth areas,
-    where they are small.
+    At low qualities what `uneven` finds counts too: the eye sees it in smooth areas, where the squared error is small.
 
     noise: largest deviation, in grey levels, of the noise that the network gets on its picture and is to leave out.
     """
@@ -102,15 +107,39 @@ def loss_of(net: Network, x: Tensor, quality: Tensor, mode: Mode = "noise", nois
     x_hat, bits = net(disturbed, quality, mode)
     bpp = bits / (x.shape[2] * x.shape[3])
     error = squared_error(x, x_hat.float())
-    if net.edges:
-        difference = x_hat.float() - x
-        across = (difference[..., 8::8] - difference[..., 7:-1:8]).square().mean((1, 2, 3))
-        down = (difference[..., 8::8, :] - difference[..., 7:-1:8, :]).square().mean((1, 2, 3))
-        error = error + net.edges * (1 - quality / 100) * (across + down)
+    if net.smooth:
+        share = (1 - quality / SMOOTHED).clamp(min=0)
+        error = error + net.smooth * share * uneven(x, x_hat.float())
     error = error * 255**2
     weight = net.weight_of_error(quality)
     loss: Tensor = ((bpp + weight * error) * (weight / 0.01).rsqrt()).mean()
     return loss
+
+
+def uneven(x: Tensor, x_hat: Tensor) -> Tensor:
+    """How much the error of x_hat (B, C, H, W) steps from one 8x8 block to the next where x is smooth: (B,).
+
+    Two squared steps for each pair of neighbours: of the means of the blocks, and, along the border between them, of
+    the means of the samples on either side; each counts as much as the less smooth of the two is smooth.
+    """
+    error = x_hat - x
+    mean = F.avg_pool2d(error, 8)
+    slope = x.detach().mean(1, keepdim=True)
+    across, down = (
+        F.pad(step.square(), pad)
+        for step, pad in ((slope.diff(dim=3), (0, 1, 0, 0)), (slope.diff(dim=2), (0, 0, 0, 1)))
+    )
+    smooth = (1 + F.avg_pool2d(across + down, 8) * (255**2 / ACTIVITY)).square().reciprocal()
+    total = x.new_zeros(len(x))
+    for axis in (2, 3):
+        pairs = mean.shape[axis] - 1
+        weight = torch.minimum(smooth.narrow(axis, 0, pairs), smooth.narrow(axis, 1, pairs))
+        kernel = (1, 8) if axis == 2 else (8, 1)
+        lines = F.avg_pool2d(error, kernel)  # means along the borders of blocks
+        places = torch.arange(8, error.shape[axis], 8, device=x.device)
+        border = lines.index_select(axis, places) - lines.index_select(axis, places - 1)
+        total = total + (weight * (mean.diff(dim=axis).square() + border.square())).mean((1, 2, 3))
+    return total
 
 
 def rate_of(net: Hourglass, y: Tensor, quality: Tensor, mode: Mode = "noise") -> Tensor:
@@ -219,7 +248,7 @@ def start_classic(net: Classic, path: Path) -> None:
     Raises `InvalidArgument` for a file of another shape.
     """
     values = torch.load(path, map_location="cpu", weights_only=True)
-    shape, weights = shape_of(values["shape"]), dict(values["ema"])
+    shape, weights = shape_of(values["shape"]), {name: value.float() for name, value in values["ema"].items()}
     first, last = "analysis.stages.0.convolution.weight", "synthesis.stages.3.convolution."
     if isinstance(shape, ClassicShape) and shape.colours == 3 and net.shape.colours == 1:
         weights[first] = weights[first].sum(1, keepdim=True)
@@ -255,7 +284,7 @@ def _start_from(net: Hourglass, path: Path) -> set[str]:
             if new > old and axis == 1 and not name.startswith("gains."):
                 target.zero_()
         if fits:
-            target[torch.meshgrid(*index, indexing="ij")] = value[torch.meshgrid(*taken_from, indexing="ij")]
+            target[torch.meshgrid(*index, indexing="ij")] = value[torch.meshgrid(*taken_from, indexing="ij")].float()
             taken[name] = target
     net.load_state_dict(taken, strict=False)
     print(f"{len(taken)} of {len(own)} tensors start from {path}")

@@ -46,7 +46,7 @@ class Shape:
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
-    lambda_low: float = 0.0006  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
+    lambda_low: float = 0.00045  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
     lambda_high: float = 0.15  # the same at quality 100; between them log-linear
 
     def __post_init__(self) -> None:
@@ -235,10 +235,10 @@ class FactorisedPrior(nn.Module):
 class Hourglass(nn.Module):
     """The trained whole: `analysis`, `gains`, `prior`, `synthesis`.
 
-    edges: weight, at quality 0, of the squared steps of the error at the borders of blocks against the squared error.
+    smooth: weight, at quality 0, of the steps of the error in smooth areas against the squared error.
     """
 
-    edges = 0.05
+    smooth = 12.0
 
     def __init__(self, shape: Shape | None = None) -> None:
         super().__init__()

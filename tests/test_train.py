@@ -21,7 +21,7 @@ from hourglass.codec.train import loop, prior
 from hourglass.codec.train.blocks import squared_error
 from hourglass.codec.train.classic import SHAPES, Classic, start_linear
 from hourglass.codec.train.data import list_training, load_pieces
-from hourglass.codec.train.export import LARGE, export, halve, load_checkpoint
+from hourglass.codec.train.export import LARGE, average, export, halve, load_checkpoint
 from hourglass.codec.train.network import Hourglass, Shape, start_from_pca, start_rest, unweave, weave
 
 IMAGES = Path(__file__).parent / "images"
@@ -136,6 +136,27 @@ def test_a_wider_network_starts_as_the_narrow_one(run: Path) -> None:
     assert torch.allclose(*core, atol=1e-5)
     assert 0.95 * float(bits) < float(wider_bits) < 2 * float(bits)
     assert float((b - x).square().mean()) < 1.05 * float((a - x).square().mean())
+
+
+def test_average(run: Path, tmp_path: Path) -> None:
+    """Of the same weights twice these; of others their weighted mean; of other networks none."""
+    one = run / "checkpoint.pt"
+    net, values = load_checkpoint(one)
+    torch.manual_seed(3)
+    moved = {name: value + 0.1 * torch.randn_like(value) for name, value in net.state_dict().items()}
+    torch.save({**values, "ema": moved, "step": 77}, tmp_path / "other.pt")
+    average([one, tmp_path / "other.pt"], tmp_path / "mean.pt", [3, 1])
+    mean, kept = load_checkpoint(tmp_path / "mean.pt")
+    assert kept["step"] == 77
+    for name, value in mean.state_dict().items():
+        assert torch.allclose(value, 0.75 * net.state_dict()[name] + 0.25 * moved[name], atol=1e-6)
+    with pytest.raises(errors.InvalidArgument, match="expected 2 positive numbers"):
+        average([one, one], tmp_path / "no.pt", [1, 0])
+    wide = Hourglass(replace(SHAPE, latent=64))
+    torch.save({**values, "shape": wide.shape.as_dict(), "ema": wide.state_dict()}, tmp_path / "wide.pt")
+    with pytest.raises(errors.InvalidArgument, match=r"checkpoint\.pt holds another network than .*wide\.pt"):
+        average([one, tmp_path / "wide.pt"], tmp_path / "no.pt", [1, 1])
+    assert not (tmp_path / "no.pt").exists()
 
 
 def test_large_weights_are_kept_in_half_the_bytes(tmp_path: Path) -> None:

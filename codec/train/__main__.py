@@ -115,6 +115,18 @@ def run(
 
 
 @main.command()
+@click.argument("weights", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File of weights to write, for `export`.")
+@click.option("--shares", help="Weight of each file, like 1,2,1. [default: all the same]")
+def average(weights: tuple[Path, ...], out: Path, shares: str | None) -> None:
+    """Average the weights of runs that began with the same ones (Wortsman et al., "Model soups", 2022).
+
+    WEIGHTS: files of weights or checkpoints of one shape; all but the weights comes from the last of them.
+    """
+    exporting.average(weights, out, [float(share) for share in shares.split(",")] if shares else [1.0] * len(weights))
+
+
+@main.command()
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option("--id", "model_id", required=True, help="Permanent id of the model, in every file that it writes.")
 @click.option(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,29 @@ def load_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
     except Exception as exc:  # torch.load raises whatever the bytes make it stumble over
         raise errors.DataError(f"{path} is no checkpoint of this release: {exc}") from exc
     return net.eval().requires_grad_(False), values
+
+
+def average(paths: Sequence[Path], out: Path, shares: Sequence[float]) -> None:
+    """Write the weighted mean of the weights in some files; the other values are those of the last file.
+
+    Of networks that were trained on from the same weights it is often better than each. Raises `InvalidArgument` for
+    files of different networks, and shares that are not one positive number for each file.
+    """
+    if len(shares) != len(paths) or not all(0 < share < math.inf for share in shares):
+        raise errors.InvalidArgument(
+            f"shares are {[*shares]}; expected {len(paths)} positive numbers, one for each file"
+        )
+    nets, values = zip(*map(load_checkpoint, paths), strict=True)
+    states = [net.state_dict() for net in nets]
+    for path, state in zip(paths, states, strict=True):
+        if {name: v.shape for name, v in state.items()} != {name: v.shape for name, v in states[-1].items()}:
+            raise errors.InvalidArgument(f"{path} holds another network than {paths[-1]}; expected one shape")
+    mean = {
+        name: sum(share / sum(shares) * state[name] for state, share in zip(states, shares, strict=True))
+        for name in states[-1]
+    }
+    kept = {name: values[-1][name] for name in ("shape", "settings", "step", "seconds")}
+    torch.save(kept | {"ema": mean}, out)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ _OPSET = 18
 _INT16 = 32767
 _PART = (1, "channels", "half_height", "half_width")
 _FEATURES = (1, "features", "features_rows", "features_columns")
+_KEPT = {8: 2}  # at 1/8 a pixel is the mean of a block, which training makes exact: it takes two blocks to match that
 
 
 class EncoderGraph(nn.Module):
@@ -100,12 +101,14 @@ class DecoderGraph(nn.Module):
 class ReducedGraph(nn.Module):
     """What DecoderGraph takes -> image (1, H / scale, W / scale, 3) uint8, without the work for the details.
 
-    The blocks at 1/8 resolution are left out. In the place of what follows them `fit` puts one linear 3x3 filter.
+    Of the blocks at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them `fit` puts
+    one linear 3x3 filter.
     """
 
     def __init__(self, net: Hourglass, scale: int) -> None:
         super().__init__()
         self.coarse, self.from_latent = net.synthesis.coarse, net.synthesis.from_latent
+        self.fine = net.synthesis.fine[: _KEPT.get(scale, 0)]
         self.scale, self.side = scale, 8 // scale  # pixels that a position at 1/8 resolution has a side
         samples = 3 * self.side**2
         self.head = nn.Conv2d(net.shape.trunk, samples, 3)
@@ -115,8 +118,8 @@ class ReducedGraph(nn.Module):
         self.from_rest.weight = nn.Parameter(255 * rest.reshape(4 * samples, -1, 1, 1))
 
     def features(self, core: Tensor) -> Tensor:
-        """core (B, c, h, w) -> (B, trunk, 2 h + 2, 2 w + 2): with a border that repeats the edge."""
-        t = F.pixel_shuffle(self.from_latent(self.coarse(core)), 2)
+        """core (1, c, h, w) -> (1, trunk, 2 h + 2, 2 w + 2): with a border that repeats the edge."""
+        t = self.fine(_doubled(self.from_latent(self.coarse(core))))
         padded: Tensor = F.pad(t, (1, 1, 1, 1), mode="replicate")
         return padded
 

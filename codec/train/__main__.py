@@ -123,7 +123,11 @@ def average(weights: tuple[Path, ...], out: Path, shares: str | None) -> None:
 
     WEIGHTS: files of weights or checkpoints of one shape; all but the weights comes from the last of them.
     """
-    exporting.average(weights, out, [float(share) for share in shares.split(",")] if shares else [1.0] * len(weights))
+    try:
+        numbers = [float(share) for share in shares.split(",")] if shares else [1.0] * len(weights)
+    except ValueError as exc:
+        raise errors.InvalidArgument(f"--shares is {shares!r}; expected numbers like 1,2,1") from exc
+    exporting.average(weights, out, numbers)
 
 
 @main.command()

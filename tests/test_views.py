@@ -135,12 +135,12 @@ def test_a_very_wide_picture(codec: Codec) -> None:
 
 
 def test_a_smaller_picture_saves_work(codec: Codec) -> None:
-    """Counted, not timed: the graphs for small pictures have about half the multiplications, or less."""
+    """Counted, not timed: the graphs for small pictures have less than half the multiplications."""
     from hourglass.codec.train.graphs import macs_per_pixel
 
     whole = sum(macs_per_pixel(ZOO / codec.model / "decoder.onnx").values())
     for scale in (2, 4, 8):
-        assert sum(macs_per_pixel(ZOO / codec.model / f"reduced-{scale}.onnx").values()) < 0.52 * whole
+        assert sum(macs_per_pixel(ZOO / codec.model / f"reduced-{scale}.onnx").values()) < whole / 2
 
 
 def test_views_by_command_and_server(data: bytes, codec: Codec, client: Client, address: str, tmp_path: Path) -> None:

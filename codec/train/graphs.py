@@ -27,7 +27,7 @@ from hourglass.codec.prior import STEPS
 from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
 from hourglass.codec.train.classic import Classic
-from hourglass.codec.train.network import Hourglass, Shape, unweave, weave
+from hourglass.codec.train.network import Block, Hourglass, Shape, unweave, weave
 from hourglass.codec.train.prior import HYPER, KNOWN, LADDER, PER_OCTAVE, Depthwise, IntegerLayer, Prior, Range
 
 _OPSET = 18
@@ -102,24 +102,28 @@ class ReducedGraph(nn.Module):
     """What DecoderGraph takes -> image (1, H / scale, W / scale, 3) uint8, without the work for the details.
 
     Of the blocks at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them `fit` puts
-    one linear 3x3 filter.
+    one linear 3x3 filter; it also does what the last of these would do behind its SiLU, which is linear too.
     """
 
     def __init__(self, net: Hourglass, scale: int) -> None:
         super().__init__()
         self.coarse, self.from_latent = net.synthesis.coarse, net.synthesis.from_latent
-        self.fine = net.synthesis.fine[: _KEPT.get(scale, 0)]
+        kept = [block for block in net.synthesis.fine if isinstance(block, Block)][: _KEPT.get(scale, 0)]
+        self.fine, self.last = nn.Sequential(*kept[:-1]), kept[-1] if kept else None
         self.scale, self.side = scale, 8 // scale  # pixels that a position at 1/8 resolution has a side
         samples = 3 * self.side**2
-        self.head = nn.Conv2d(net.shape.trunk, samples, 3)
+        inputs = net.shape.trunk + (self.last.expand.out_channels if self.last else 0)
+        self.head = nn.Conv2d(inputs, samples, 3)
         rest = net.synthesis.from_rest.weight.reshape(3, self.side, scale, self.side, scale, 4, -1).mean((2, 4))
         self.from_rest = nn.Conv2d(rest.shape[-1], 4 * samples, 1, bias=False)
         rest = rest.flatten(0, 2)[_by_row(self.side)]
         self.from_rest.weight = nn.Parameter(255 * rest.reshape(4 * samples, -1, 1, 1))
 
     def features(self, core: Tensor) -> Tensor:
-        """core (1, c, h, w) -> (1, trunk, 2 h + 2, 2 w + 2): with a border that repeats the edge."""
+        """core (1, c, h, w) -> what the filter takes (1, t, 2 h + 2, 2 w + 2): with a border that repeats the edge."""
         t = self.fine(_doubled(self.from_latent(self.coarse(core))))
+        if self.last:
+            t = torch.cat([t, F.silu(self.last.expand(self.last.depthwise(t)))], 1)
         padded: Tensor = F.pad(t, (1, 1, 1, 1), mode="replicate")
         return padded
 
@@ -131,7 +135,7 @@ class ReducedGraph(nn.Module):
     def fit(self, net: Hourglass, latents: Iterable[Tensor]) -> None:
         """Make the filter the one with the least squared error from the means of what `net` makes of dequantised
         latents, each (1, C, h, w)."""
-        inputs = 9 * net.shape.trunk + 1
+        inputs = 9 * self.head.in_channels + 1
         squares, products = torch.zeros(inputs, inputs).double(), torch.zeros(inputs, len(self.head.weight)).double()
         for latent in latents:
             core, _ = unweave(latent, net.shape.core)

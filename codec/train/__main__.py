@@ -177,8 +177,7 @@ def export(
     pieces = load_pieces(paths, 16, torch.device("cpu"))
     target = exporting.export(net, pieces, model_id, zoo, training, image.list_pictures(measure), grey)
     if keep:
-        kept = {name: values[name] for name in ("shape", "settings", "step", "seconds")}
-        torch.save(kept | {"ema": weights}, keep)
+        exporting.keep(weights, values, keep)
     size = sum(path.stat().st_size for path in target.iterdir())
     click.echo(f"{target}: {size / 1e6:.1f} MB")
 

@@ -105,8 +105,13 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float]) -> None:
         name: sum(share / sum(shares) * state[name] for state, share in zip(states, shares, strict=True))
         for name in states[-1]
     }
-    kept = {name: values[-1][name] for name in ("shape", "settings", "step", "seconds")}
-    torch.save(kept | {"ema": mean}, out)
+    keep(mean, values[-1], out)
+
+
+def keep(weights: dict[str, Any], values: dict[str, Any], path: Path) -> None:
+    """Write weights as a file that `load_checkpoint` takes, with what a checkpoint's `values` tell of their training."""
+    told = {name: values[name] for name in ("shape", "settings", "step", "seconds")}
+    torch.save(told | {"ema": weights}, path)
 
 
 @torch.no_grad()

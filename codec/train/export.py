@@ -109,7 +109,7 @@ def average(paths: Sequence[Path], out: Path, shares: Sequence[float]) -> None:
 
 
 def keep(weights: dict[str, Any], values: dict[str, Any], path: Path) -> None:
-    """Write weights as a file that `load_checkpoint` takes, with what a checkpoint's `values` tell of their training."""
+    """Write weights as a file that `load_checkpoint` takes, with what a checkpoint's values tell of their training."""
     told = {name: values[name] for name in ("shape", "settings", "step", "seconds")}
     torch.save(told | {"ema": weights}, path)
 

@@ -6,6 +6,9 @@ float32 an integer below 2**24 in magnitude is exact, whatever its power of two.
 - every convolution has integer inputs, weights and biases, with max|x| * sum|w| + |b| < 2**24 for every output channel:
   then every partial sum is exact, in any order, with or without FMA (weights and bias of an output channel may be
   multiplied by a power of two, as all its partial sums then are);
+- every convolution of bytes (QLinearConv) is such a one too, with weights so small that the sum of two products fits 16
+  bits, where CPUs without instructions for it add them; its factors are powers of two, so that what is rounded to the
+  nearest integer, halves to the even one, is exact;
 - every product is exact: then folding it into a convolution, or an addition behind it, changes nothing;
 - all other operators compare, round, clip or move values, or add two of them: one IEEE operation, the same everywhere.
 """
@@ -32,12 +35,15 @@ OFFSET = 1 << 20
 FEATURES = 1023
 """The largest magnitude of the features, which go out in step 0 and come in again in the others."""
 
+_PAIR = 32767 // (2 * 255)
+"""Largest weight of a layer of bytes."""
+
 _CAST = {1: LIMIT, 2: 255, 5: 32767}
 """Types that a graph may cast to, float, uint8 and int16, and the largest magnitude that each keeps."""
 
 _UINT8 = 2
 
-_DTYPES = {1: "<f4", 3: "<i1", 6: "<i4", 7: "<i8"}  # of TensorProto
+_DTYPES = {1: "<f4", 2: "u1", 3: "<i1", 6: "<i4", 7: "<i8"}  # of TensorProto
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,9 @@ def _follow(graph: bytes, values: dict[str, _Value], found: dict[str, list[int]]
             scale = _scale(inputs[1])
             reach = float((np.array(found[node.name]) * scale).max())
             outputs = [_Value(reach, float(scale.min()), summed=True)]
+        elif node.operator == "QLinearConv":
+            found[node.name] = _convolution_of_bytes(node.name, *inputs)
+            outputs = [_Value(255, low=0)]
         else:
             outputs = [_result(node, inputs)]
         values.update(zip(node.outputs, outputs, strict=True))
@@ -136,6 +145,39 @@ def _convolution(name: str, x: _Value, weight: _Value, bias: _Value | None = Non
     largest = sums * x.reach
     if bias is not None and bias.constant is not None:
         largest = largest + np.abs(bias.constant.astype(np.float64))
+    if not (largest < LIMIT).all():
+        raise ModelError(f"prior.onnx: {name} may reach {largest.max():.0f}; exact below {LIMIT} only")
+    return [int(value) for value in largest]
+
+
+def _convolution_of_bytes(
+    name: str,
+    x: _Value,
+    x_scale: _Value,
+    x_zero: _Value,
+    weight: _Value,
+    scale: _Value,
+    weight_zero: _Value,
+    y_scale: _Value,
+    y_zero: _Value,
+    bias: _Value,
+) -> list[int]:
+    constants = (x_scale, x_zero, weight, scale, weight_zero, y_scale, y_zero, bias)
+    if any(value.constant is None for value in constants):
+        raise ModelError(f"prior.onnx: weights of {name} are not constant")
+    ones, nothing = (x_scale, y_scale), (weight_zero, y_zero)
+    if any((np.asarray(v.constant) != 1).any() for v in ones) or any(np.asarray(v.constant).any() for v in nothing):
+        raise ModelError(f"prior.onnx: {name} scales or shifts its bytes")
+    factors = np.asarray(scale.constant, np.float64)
+    weights, zero = np.asarray(weight.constant).astype(np.float64), float(np.asarray(x_zero.constant).reshape(()))
+    if factors.shape != (len(weights),) or (np.frexp(factors)[0] != 0.5).any() or (np.abs(np.log2(factors)) > 60).any():
+        raise ModelError(f"prior.onnx: {name} scales its sums by other than a power of two for each row")
+    if x.low < 0 or x.reach > 255 or x.grid < 1:
+        raise ModelError(f"prior.onnx: {name} works on numbers that are no bytes")
+    if np.abs(weights).max(initial=0) > _PAIR:
+        raise ModelError(f"prior.onnx: {name} has weights up to {np.abs(weights).max():.0f}; exact up to {_PAIR} only")
+    largest = np.abs(weights).reshape(len(weights), -1).sum(1) * max(zero, x.reach - zero)
+    largest = largest + np.abs(np.asarray(bias.constant).astype(np.float64))
     if not (largest < LIMIT).all():
         raise ModelError(f"prior.onnx: {name} may reach {largest.max():.0f}; exact below {LIMIT} only")
     return [int(value) for value in largest]
@@ -162,10 +204,12 @@ def _result(node: _Node, inputs: list[_Value]) -> _Value:
         case "Identity":
             return first
         case "Cast":
-            unfit = first.grid < 1 or first.reach > _CAST.get(node.to, 0)
-            if unfit or (node.to == _UINT8 and first.low < 0):
+            # To bytes it rounds down what has a fraction: that, too, is the same everywhere.
+            bytes_of = node.to == _UINT8 and first.low >= 0 and first.reach <= _CAST[_UINT8]
+            unfit = first.grid < 1 or first.reach > _CAST.get(node.to, 0) or node.to == _UINT8
+            if unfit and not bytes_of:
                 raise ModelError(f"prior.onnx: {node.name} may not keep what it casts")
-            return first
+            return replace(first, grid=max(first.grid, 1.0), summed=False)
         case "Concat":
             return _union(inputs)
         case "Floor":

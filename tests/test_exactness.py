@@ -19,7 +19,8 @@ from onnx.reference import ReferenceEvaluator
 from hourglass.codec import Codec, errors, exactness, image, runtime
 from hourglass.codec.quantise import narrow, widen
 from hourglass.codec.train.export import load_checkpoint
-from hourglass.codec.train.graphs import PriorGraph, kmacs
+from hourglass.codec.train.graphs import PriorGraph, in_floats, kmacs
+from hourglass.codec.train.network import unweave
 
 MODEL = runtime.ZOO / runtime.DEFAULT_MODEL
 PRIOR = MODEL / "prior.onnx"
@@ -185,6 +186,27 @@ def test_bounds_hold(reference: list[tuple[Inputs, list[NDArray[Any]]]]) -> None
         integers = accumulator[0] / scale
         assert (abs(integers).max((1, 2)) <= bounds).all()
         assert (integers == np.rint(integers)).all()
+
+
+def test_decoder_works_on_bytes_as_in_training() -> None:
+    """The same bytes but for some that lie between two: the same picture, as near to what was encoded."""
+    net, _ = load_checkpoint(WEIGHTS)
+    picture = image.read(IMAGES / "motocross.png")[:128, :192]
+    x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        latent = net.analysis(x / 255)
+        wanted, in_float = (
+            (n.synthesis(latent)[0].permute(1, 2, 0).numpy() * 255).round() for n in (net, in_floats(net))
+        )
+    core, rest = unweave(latent, net.shape.core)
+    patch = runtime.Patch(core.numpy(), rest.numpy(), (0, 8, 0, 12))
+    decoded = runtime.open_model(runtime.DEFAULT_MODEL).synthesise(patch).astype(np.float32)
+    of_bytes, of_floats, of_decoded = (np.square(pixels - picture).mean() for pixels in (wanted, in_float, decoded))
+    assert of_decoded == pytest.approx(of_bytes, rel=0.01)
+    assert of_floats != pytest.approx(of_bytes, rel=1e-4)
+    assert np.abs(decoded - wanted).mean() < 0.5
+    operators = [node.op_type for node in onnx.load(MODEL / "decoder.onnx").graph.node]
+    assert operators.count("QLinearConv") == 2 * net.shape.synthesis_blocks[0]
 
 
 def _changed(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:

@@ -22,7 +22,8 @@ from hourglass.codec.train.blocks import squared_error
 from hourglass.codec.train.classic import SHAPES, Classic, start_linear
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.export import LARGE, average, export, halve, load_checkpoint
-from hourglass.codec.train.network import Hourglass, Shape, start_from_pca, start_rest, unweave, weave
+from hourglass.codec.train.graphs import in_floats
+from hourglass.codec.train.network import BytewiseBlock, Hourglass, Shape, start_from_pca, start_rest, unweave, weave
 
 IMAGES = Path(__file__).parent / "images"
 SHAPE = Shape(
@@ -275,8 +276,8 @@ def test_exported_graphs_are_the_network(run: Path, zoo: Path) -> None:
 
 
 def test_gradient_graph_is_the_gradient(run: Path, zoo: Path) -> None:
-    """The written-out backward pass, against PyTorch's own."""
-    net, _ = load_checkpoint(run / "checkpoint.pt")
+    """The written-out backward pass, against PyTorch's own, both in floats."""
+    net = in_floats(load_checkpoint(run / "checkpoint.pt")[0])
     picture = image.read(IMAGES / "motocross.png")[:64, :128]
     x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
     latent = net.analysis(x / 255).detach().requires_grad_(True)
@@ -285,6 +286,31 @@ def test_gradient_graph_is_the_gradient(run: Path, zoo: Path) -> None:
     value, slope = open_model("small-1", zoo).error_slope(latent[0].detach().numpy(), picture)
     assert value == pytest.approx(float(error.detach()), rel=1e-4)
     assert np.allclose(slope, expected[0], rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
+
+
+def test_bytes_of_a_block() -> None:
+    """What fits is off by half a step at most; what does not is clipped and has no gradient; the step has that of what
+    the rounding and the clip do to the value."""
+    torch.manual_seed(3)
+    block = BytewiseBlock(4, 6)
+    with torch.no_grad():
+        for parameter in (block.project.weight, block.project.bias):
+            parameter.normal_()
+        x = torch.randn(2, 4, 5, 7)
+        exact = block.fit_steps(x)
+        block.plain = True
+        assert torch.equal(block(x), exact)
+        block.plain = False
+        assert 0 < float((block(x) - exact).abs().max()) < 0.1 * float((exact - x).abs().max())
+        block.log_steps["active"].fill_(math.log(0.01))
+    values = torch.tensor([-0.701, -0.5062, 0.004, 1.2349, 1.912, 2.5]).reshape(1, 6, 1, 1).requires_grad_(True)
+    found = block._bytes("active", values)
+    assert found.flatten().tolist() == [-64, -51, 0, 123, 191, 191]
+    (found * block.log_steps["active"].exp()).sum().backward()  # type: ignore[no-untyped-call]
+    assert values.grad is not None
+    assert torch.allclose(values.grad.flatten(), torch.tensor([0.0, 1, 1, 1, 1, 0]))
+    expected = 0.01 * (-64 + (-51 + 50.62) + (0 - 0.4) + (123 - 123.49) + (191 - 191.2) + 191)
+    assert float(block.log_steps["active"].grad) == pytest.approx(expected, rel=1e-3)
 
 
 def test_model_id_is_permanent(run: Path, zoo: Path) -> None:

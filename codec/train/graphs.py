@@ -26,14 +26,27 @@ from torch.nn import functional as F
 from hourglass.codec.prior import STEPS
 from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
+from hourglass.codec.train.bytewise import convert
 from hourglass.codec.train.classic import Classic
-from hourglass.codec.train.network import Block, Hourglass, Shape, unweave, weave
-from hourglass.codec.train.prior import HYPER, KNOWN, LADDER, PER_OCTAVE, Depthwise, IntegerLayer, Prior, Range
+from hourglass.codec.train.network import Block, BytewiseBlock, Hourglass, Shape, unweave, weave
+from hourglass.codec.train.prior import (
+    BYTE,
+    HYPER,
+    KNOWN,
+    LADDER,
+    PER_OCTAVE,
+    Bytewise,
+    Depthwise,
+    IntegerLayer,
+    Prior,
+    Range,
+)
 
 _OPSET = 18
 _INT16 = 32767
 _PART = (1, "channels", "half_height", "half_width")
 _FEATURES = (1, "features", "features_rows", "features_columns")
+_ZERO = 128  # the byte that stands for 0 in a signed one
 _KEPT = {8: 2}  # at 1/8 a pixel is the mean of a block, which training makes exact: it takes two blocks to match that
 
 
@@ -309,7 +322,10 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
     core, rest = unweave(latent, net.shape.core)
     parts = {"core": core, "rest": rest, "rest_end": torch.tensor(1 << 31)}
     ends = {"core": positions, "rest": {2: "rest_rows", 3: "rest_columns"}}
+    bytewise = {f"fine.{n}": block for n, block in enumerate(net.synthesis.fine) if isinstance(block, BytewiseBlock)}
+    net = in_floats(net)
     _trace(DecoderGraph(net), parts | whole, folder / "decoder.onnx", ends, ["image"])
+    convert(folder / "decoder.onnx", bytewise)
     for scale in (2, 4, 8):
         reduced = ReducedGraph(net, scale)
         reduced.fit(net, samples)
@@ -318,6 +334,15 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
     free = {"latent": positions, "image": pixels, "inside": pixels}
     _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
     onnx.save(prior(net.prior, widths(net.shape)), folder / "prior.onnx")
+
+
+def in_floats(net: Hourglass) -> Hourglass:
+    """A copy that works on floats throughout: what is traced, and what smaller pictures and gradients are made by."""
+    net = copy.deepcopy(net)
+    for block in net.synthesis.fine:
+        if isinstance(block, BytewiseBlock):
+            block.plain = True
+    return net
 
 
 def write_classic(net: Classic, folder: Path) -> None:
@@ -410,6 +435,26 @@ class _Nodes:
             weight = weight[:, :, None, None]
         return self.requantise(self.convolve(name, x, weight, bias, factor, **attributes), layer.after)
 
+    def signed_bytes(self, name: str, x: str, layer: Depthwise | _Narrow) -> str:
+        """A depthwise layer to `SIGNED_BYTE`, larger by 128: float32 from 0 to 255, still with its fractions."""
+        weight, bias, factor = layer.integers()
+        pad = weight.shape[2] // 2
+        total = self.convolve(name, x, weight, bias + _ZERO / factor, factor, group=len(weight), pads=[pad] * 4)
+        return self.clip(total, 0, BYTE.high)
+
+    def bytewise(self, name: str, x: str, layer: IntegerLayer | _Narrow, zero: int) -> str:
+        """A layer from bytes to bytes. zero: the byte that stands for 0 in what goes in.
+
+        onnxruntime sums in 32-bit integers, multiplies by the channel's factor, a power of two, in float32, and rounds
+        to the nearest even integer.
+        """
+        weight, bias, factor = layer.integers()
+        one, scale = self.number(1), factor.detach().numpy().astype(np.float32)
+        of_x = x, one, self.constant(np.array(zero, np.uint8))
+        of_weight = _exact(weight[:, :, None, None], np.int8), scale, np.array(0, np.int8)
+        of_y = one, self.constant(np.array(0, np.uint8)), self.constant(_exact(bias, np.int32))
+        return self.add("QLinearConv", *of_x, *map(self.constant, of_weight), *of_y, name=self.prefix + name)
+
     def depthwise_part(self, name: str, x: str, layer: Depthwise | _Narrow, step: int) -> str:
         """What a 3x3 depthwise layer gives for the elements that `step` codes, and only these."""
         weight, bias, factor = layer.integers()
@@ -469,6 +514,8 @@ def prior(net: Prior, widths: list[int]) -> onnx.ModelProto:
     first = main.add("Equal", "step", main.constant(np.array(0, np.int64)))
     compute, keep = _hyper_synthesis(net, channels), _graph(kept, [kept.add("Identity", "features_before")], _FEATURES)
     main.nodes.append(helper.make_node("If", [first], [features], then_branch=compute, else_branch=keep))
+    if net.bytewise:
+        features = main.add("Cast", main.clip(features, 0, BYTE.high), to=TensorProto.UINT8)
     known = main.clip(main.add("Cast", "known", to=TensorProto.FLOAT), KNOWN.low, KNOWN.high)
     by_step = [
         _choose("width", [_branch(step, width, features, known) for width in widths], f"step{step.step}")
@@ -520,8 +567,12 @@ def _hyper_synthesis(net: Prior, channels: int) -> onnx.GraphProto:
     from_quality = nodes.convolve("widen.quality", "quality", weight[:, channels:, None, None], None, factor)
     wide = nodes.requantise(nodes.add("Add", from_z, from_quality), net.widen.after)
     middle = nodes.layer("spread", nodes.enlarge(wide), net.spread)
-    wide = nodes.layer("widen2", middle, net.widen2)
-    return _graph(nodes, [nodes.layer("spread2", nodes.enlarge(wide), net.spread2)], _FEATURES)
+    wide = nodes.enlarge(nodes.layer("widen2", middle, net.widen2))
+    if net.bytewise:
+        features = nodes.add("Floor", nodes.signed_bytes("spread2", wide, net.spread2))
+    else:
+        features = nodes.layer("spread2", wide, net.spread2)
+    return _graph(nodes, [features], _FEATURES)
 
 
 def _choose(index: str, branches: list[onnx.GraphProto], prefix: str, first: int = 0) -> onnx.GraphProto:
@@ -565,13 +616,21 @@ class _Narrow:
 
 def _branch(step: integers.Step, width: int, features: str, known: str) -> onnx.GraphProto:
     number, latent = step.step, step.mean.outputs
-    nodes = _Nodes(f"step{number}.{width}.")
-    inputs: str = features
+    nodes, bytewise = _Nodes(f"step{number}.{width}."), isinstance(step.mix, Bytewise)
+    hidden = features
     mix: IntegerLayer | _Narrow = step.mix
     if number:
-        spatial = nodes.layer("spatial", known, _Narrow(step.spatial, width, latent))
-        inputs, mix = nodes.add("Concat", features, spatial, axis=1), _Narrow(step.mix, width, latent, step.spatial)
-    hidden = nodes.layer("deepen", nodes.layer("mix", inputs, mix), step.deepen)
+        narrow = _Narrow(step.spatial, width, latent)
+        if bytewise:
+            spatial = nodes.add("Cast", nodes.signed_bytes("spatial", known, narrow), to=TensorProto.UINT8)
+        else:
+            spatial = nodes.layer("spatial", known, narrow)
+        hidden, mix = nodes.add("Concat", features, spatial, axis=1), _Narrow(step.mix, width, latent, step.spatial)
+    if bytewise:
+        hidden = nodes.bytewise("deepen", nodes.bytewise("mix", hidden, mix, _ZERO), step.deepen, 0)
+        hidden = nodes.add("Cast", hidden, to=TensorProto.FLOAT)
+    else:
+        hidden = nodes.layer("deepen", nodes.layer("mix", hidden, mix), step.deepen)
     phases = nodes.add("SpaceToDepth", hidden, blocksize=2)
     mean = nodes.layer("mean", phases, _Narrow(step.mean, width, latent), group=4)
     if number:
@@ -709,6 +768,9 @@ def _macs(model: onnx.ModelProto, channels: int = 0) -> dict[str, float]:
     for node in graph.node:
         if node.op_type == "Conv":
             weight, output = shapes[node.input[1]], shapes[node.output[0]]
+            counts[node.name] = float(np.prod(output)) * float(np.prod(weight[1:])) / side**2
+        elif node.op_type == "QLinearConv":
+            weight, output = shapes[node.input[3]], shapes[node.output[0]]
             counts[node.name] = float(np.prod(output)) * float(np.prod(weight[1:])) / side**2
         elif node.op_type == "ConvTranspose":
             weight, given = shapes[node.input[1]], shapes[node.input[0]]

@@ -42,6 +42,9 @@ SMOOTHED = 80
 ACTIVITY = 40.0
 """Mean square of the gradient, in grey levels for each pixel, at which an area counts a quarter in `uneven`."""
 
+_TO_FIT = 64
+"""Crops that the steps of the synthesis' bytes are chosen for at first."""
+
 QUALITIES = (0, 25, 50, 75, 100)
 """Qualities at which the held-out pictures are measured."""
 
@@ -235,11 +238,21 @@ def fresh(
             start_prior(net, latents.pixels)
             if start:
                 _start_from(net, start)  # also what the latents would give
+        if "synthesis.fine.0.log_steps.after" not in taken:
+            fit_steps(net, pieces.crops(_TO_FIT, settings.crop, generator) / 255)
         side //= STRIDE
     torch.manual_seed(settings.seed + _rank())  # each process has noise of its own
     ema = copy.deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.Adam(net.parameters(), lr=settings.rate, fused=True)
     return State(net, ema, optimiser, generator, latents, side, loss_of)
+
+
+@torch.no_grad()
+def fit_steps(net: Hourglass, x: Tensor) -> None:
+    """Choose the steps of the synthesis' bytes, in place, for pictures (B, 3, H, W) at qualities from 0 to 100."""
+    quality = torch.linspace(0, 100, len(x), device=x.device)
+    y_hat, _, inverse = net.entropy(net.analysis(x), quality, "settle")
+    net.synthesis.fit_steps(y_hat * inverse)
 
 
 def start_classic(net: Classic, path: Path) -> None:
@@ -262,28 +275,34 @@ def start_classic(net: Classic, path: Path) -> None:
 
 
 def _start_from(net: Hourglass, path: Path) -> set[str]:
-    """Take the weights of a file that fit; of a narrower latent its core, as the first channels of each quarter.
+    """Take the weights of a file that fit; of a narrower latent its core, as the first channels of each quarter; of
+    narrower blocks of the synthesis what they have.
 
     The others keep their start; inputs that the file's layers did not have begin with zero weights. Returns the names
     of those taken.
     """
     values = torch.load(path, map_location="cpu", weights_only=True)
     own, weights, narrow = net.state_dict(), values["ema"], values["shape"]["latent"]
+    hidden = values["shape"]["synthesis_hidden"][0], net.shape.synthesis_hidden[0]
     wider, core = net.shape.latent - narrow, values["shape"].get("core", narrow)
     source, places = (torch.arange(n).reshape(4, -1)[:, : core // 4].flatten() for n in (narrow, net.shape.latent))
     taken = {}
     for name in own.keys() & weights.keys():
         value, target = weights[name], own[name].cpu().clone()
+        if value.shape == target.shape:
+            taken[name] = value.float()
+            continue
         taken_from, index, fits = [], [], value.dim() == target.dim()
-        for axis, (old, new) in enumerate(zip(value.shape, target.shape, strict=False)):
+        for old, new in zip(value.shape, target.shape, strict=False):
             grown = new > old >= narrow
-            fits = fits and (new == old or (grown and new - old == wider))
+            broader = name.startswith("synthesis.fine.") and (old, new) == hidden
+            fits = fits and (new == old or broader or (grown and new - old == wider))
             before = torch.arange(old - narrow if grown else old)
             taken_from.append(torch.cat([before, len(before) + source]) if grown else before)
             index.append(torch.cat([before, len(before) + places]) if grown else before)
-            if new > old and axis == 1 and not name.startswith("gains."):
-                target.zero_()
         if fits:
+            if value.dim() > 1 and target.shape[1] > value.shape[1] and not name.startswith("gains."):
+                target[index[0]] = 0
             target[torch.meshgrid(*index, indexing="ij")] = value[torch.meshgrid(*taken_from, indexing="ij")].float()
             taken[name] = target
     net.load_state_dict(taken, strict=False)

@@ -43,6 +43,9 @@ LOWEST = -3.25
 WEIGHT = 127
 """Largest magnitude of an integer weight."""
 
+BYTE_WEIGHT = 64
+"""The same in a layer of bytes: two products of a byte and a weight fit 16 bits, where CPUs without VNNI add them."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -57,6 +60,8 @@ class Range:
         return max(-self.low, self.high)
 
 
+BYTE = Range(0, 255, 4)
+SIGNED_BYTE = Range(-128, 127, 3)
 HYPER = Range(-1023, 1023, 5)
 KNOWN = Range(-LARGEST_KNOWN, LARGEST_KNOWN, 6)
 SIGNED = Range(-1023, 1023, 6)
@@ -84,28 +89,35 @@ def rounded(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor
 
 
 class _Requantise(torch.autograd.Function):
-    """clip(floor((total + bias) * factor)); the gradient ignores the floor and stops at the clip."""
+    """clip(floor((total + bias) * factor)), or, `nearest`, rounded to the nearest, halves to the even one; the gradient
+    ignores the rounding and stops at the clip."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, bias: Tensor, factor: Tensor, low: float, high: float) -> Tensor:
+    def forward(
+        ctx: Any, total: Tensor, bias: Tensor, factor: Tensor, low: float, high: float, nearest: bool
+    ) -> Tensor:
         total = total if total.dtype == torch.float64 else total.float()  # bfloat16 in mixed precision
-        out = (total + bias).mul_(factor).floor_()
+        out = (total + bias).mul_(factor)
+        out = out.round_() if nearest else out.floor_()
         ctx.save_for_backward((out >= low) & (out <= high), factor)
         return out.clamp_(low, high)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         inside, factor = ctx.saved_tensors
         grad = (grad * factor).mul_(inside)
-        return grad, grad.sum((0, 1, 2)), None, None, None
+        return grad, grad.sum((0, 1, 2)), None, None, None, None
 
 
 class IntegerLayer(nn.Module):
     """Weighted sums of integers, then a power of two, rounding and clipping to `after`; (B, h, w, C) throughout.
 
     The trained weight (C', ...) is real; the exponent of each output channel is the largest that keeps the integer
-    weights within WEIGHT and max|x| * sum|w| + |b| below EXACT.
+    weights within `largest` and max|x| * sum|w| + |b| below EXACT. nearest: how it rounds, see `_Requantise`.
     """
+
+    largest = WEIGHT
+    nearest = False
 
     def __init__(self, shape: tuple[int, ...], before: Range, after: Range) -> None:
         super().__init__()
@@ -118,17 +130,19 @@ class IntegerLayer(nn.Module):
         """(C',): the integer weight is round(weight * 2**exponent)."""
         size = self.weight.detach().abs().reshape(len(self.bias), -1)
         room = (0.75 * EXACT / self.before.reach - 0.5 * self.fan_in) / size.sum(1).clamp(min=1e-9)
-        most = torch.minimum(WEIGHT / size.amax(1).clamp(min=1e-9), room)
+        most = torch.minimum(self.largest / size.amax(1).clamp(min=1e-9), room)
         return (torch.frexp(most).exponent - 1).clamp(max=14).to(most.dtype)
 
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight and bias as integers, and what the accumulator is multiplied by; the bias holds the rounding."""
+        """Weight and bias as integers, and what the accumulator is multiplied by; before a floor, the bias holds the
+        rounding."""
         exponent = self.exponents()
         weight = self.weight * torch.exp2(exponent).reshape(-1, *[1] * (self.weight.dim() - 1))
         weight = rounded(weight)
         shift = exponent + (self.before.unit - self.after.unit)
         bias = rounded(self.bias * torch.exp2(exponent + self.before.unit), -0.2 * EXACT, 0.2 * EXACT)
-        bias = bias + torch.exp2(shift - 1).floor()
+        if not self.nearest:
+            bias = bias + torch.exp2(shift - 1).floor()
         return weight, bias, torch.exp2(-shift)
 
     def total(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -137,7 +151,7 @@ class IntegerLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, factor = self.integers()
         total = self.total(x, weight)
-        out: Tensor = _Requantise.apply(total, bias, factor, self.after.low, self.after.high)  # type: ignore[no-untyped-call]
+        out: Tensor = _Requantise.apply(total, bias, factor, self.after.low, self.after.high, self.nearest)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -149,6 +163,13 @@ class Pointwise(IntegerLayer):
 
     def total(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
+
+
+class Bytewise(Pointwise):
+    """1x1 convolution from bytes to bytes, which CPUs multiply several times as fast as floats."""
+
+    largest = BYTE_WEIGHT
+    nearest = True
 
 
 class PerPhase(IntegerLayer):
@@ -209,20 +230,24 @@ class Step(nn.Module):
     """One step: hyper features (B, h, w, F), known latent (B, h, w, C) -> mean, log scale (B, h/2, w/2, C) each.
 
     Both as integers, for the elements that the step codes, phase by phase. Step 0 knows nothing yet.
+
+    bytewise: what goes in and the hidden channels are bytes.
     """
 
-    def __init__(self, latent: int, features: int, hidden: int, step: int) -> None:
+    def __init__(self, latent: int, features: int, hidden: int, bytewise: bool, step: int) -> None:
         super().__init__()
         self.step = step
+        signed, inside = (SIGNED_BYTE, BYTE) if bytewise else (SIGNED, HIDDEN)
+        inner = Bytewise if bytewise else Pointwise
         if step:
-            self.spatial = Depthwise(latent, 3, KNOWN, SIGNED)
+            self.spatial = Depthwise(latent, 3, KNOWN, signed)
             self.direct = Depthwise(latent, 3, KNOWN, MEAN)
             nn.init.normal_(self.spatial.weight, std=0.2)
             nn.init.zeros_(self.direct.weight)
-        self.mix = Pointwise(features + latent if step else features, hidden, SIGNED, HIDDEN)
-        self.deepen = Pointwise(hidden, hidden, HIDDEN, HIDDEN)
-        self.mean = PerPhase(hidden, latent, HIDDEN, MEAN)
-        self.scale = PerPhase(hidden, latent, HIDDEN, LOG_SCALE)
+        self.mix = inner(features + latent if step else features, hidden, signed, inside)
+        self.deepen = inner(hidden, hidden, inside, inside)
+        self.mean = PerPhase(hidden, latent, inside, MEAN)
+        self.scale = PerPhase(hidden, latent, inside, LOG_SCALE)
         for layer in (self.mean, self.scale):
             nn.init.normal_(layer.weight, std=1e-3)
 
@@ -268,19 +293,22 @@ def bits_of(x: Tensor, level: Tensor) -> Tensor:
 
 
 class Prior(nn.Module):
-    """The whole prior, in integers. `log_unit` (C,): OCTAVE * log2 of each latent channel's deviation."""
+    """The whole prior, in integers. `log_unit` (C,): OCTAVE * log2 of each latent channel's deviation.
 
-    def __init__(self, latent: int, hyper: int, anchors: int, features: int, hidden: int) -> None:
+    bytewise: see `Step`.
+    """
+
+    def __init__(self, latent: int, hyper: int, anchors: int, features: int, hidden: int, bytewise: bool) -> None:
         super().__init__()
         self.register_buffer("log_unit", torch.zeros(latent))
         self.log_unit: Tensor
-        self.anchors = anchors
+        self.anchors, self.bytewise = anchors, bytewise
         middle = features // 2
         self.widen = Pointwise(hyper + anchors, 4 * middle, HYPER, HIDDEN)
         self.spread = Depthwise(middle, 3, HIDDEN, SIGNED)
         self.widen2 = Pointwise(middle, 4 * features, SIGNED, HIDDEN)
-        self.spread2 = Depthwise(features, 3, HIDDEN, SIGNED)
-        self.steps = nn.ModuleList(Step(latent, features, hidden, step) for step in range(STEPS))
+        self.spread2 = Depthwise(features, 3, HIDDEN, SIGNED_BYTE if bytewise else SIGNED)
+        self.steps = nn.ModuleList(Step(latent, features, hidden, bytewise, step) for step in range(STEPS))
 
     def features(self, z_hat: Tensor, hats: Tensor) -> Tensor:
         """Hyper-synthesis: dequantised hyper-latent (B, h/4, w/4, Z), quality (B, anchors) -> (B, h, w, F)."""

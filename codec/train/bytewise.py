@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hourglass.codec.train.network import BytewiseBlock, row_factor
 
-_GATE = np.float32(1 / 256)
+_GATE = 1 / 256
 """The step of the bytes that a sigmoid becomes."""
 
 
@@ -36,64 +36,65 @@ class _Rewriter:
 
     def __init__(self, graph: onnx.GraphProto, name: str) -> None:
         self.graph, self.name = graph, name
-        self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.new: list[onnx.NodeProto] = []
 
     def rewrite(self, block: BytewiseBlock) -> None:
-        step = {name: log_step.detach().exp() for name, log_step in block.log_steps.items()}
-        depthwise, expand, sigmoid, gated, project, total = self._nodes()
-        self._replace(depthwise.input[1], block.depthwise.weight / step["before"][..., None])
+        """Also of a block without its projection: of that it gives what this would take."""
+        step, zeros = {name: log_step.detach().exp() for name, log_step in block.log_steps.items()}, block.zeros
+        depthwise, expand = self._layer_of("depthwise"), self._layer_of("expand")
+        (sigmoid,) = (n for n in self.graph.node if n.op_type == "Sigmoid" and expand.output[0] in n.input)
+        (gated,) = (n for n in self.graph.node if n.op_type == "Mul" and sigmoid.output[0] in n.input)
+        with_projection = any(tensor.name == f"{self.name}.project.weight" for tensor in self.graph.initializer)
+        gone = [expand, sigmoid, gated, *([self._layer_of("project")] if with_projection else [])]
+        result = gone[-1].output[0]
+
         assert block.depthwise.bias is not None
-        zeros = block.zeros
+        self._replace(depthwise.input[1], block.depthwise.weight / step["before"][..., None])
         bias = block.depthwise.bias / step["before"].flatten() + zeros["before"]
         self._replace(depthwise.input[2], bias + 0.5)  # the cast rounds down
         clipped = self._add("Clip", depthwise.output[0], self._number(0), self._number(255))
         before = self._add("Cast", clipped, to=TensorProto.UINT8)
-        inside = self._layer("expand", before, block.expand, step["before"], step["inside"], zeros["before"], 128)
-        scale, zero = self._number(float(step["inside"])), self._byte(zeros["inside"])
-        value = self._add("DequantizeLinear", inside, scale, zero)
-        quantised = self._add("QuantizeLinear", self._add("Sigmoid", value), self._number(_GATE), self._byte(0))
-        gate = self._add("DequantizeLinear", quantised, self._number(_GATE), self._byte(0))
-        scale, zero = self._number(float(step["active"])), self._byte(zeros["active"])
-        active = self._add("QuantizeLinear", self._add("Mul", value, gate), scale, zero)
-        after = self._layer("project", active, block.project, step["active"], step["after"], zeros["active"], 128)
-        scale = self._constant(step["after"].flatten().numpy())
-        zero = self._constant(np.full(len(block.project.weight), zeros["after"], np.uint8))
-        added = self._add("DequantizeLinear", after, scale, zero, axis=1)
-        total.input[list(total.input).index(project.output[0])] = added
-        gone = {node.name for node in (expand, sigmoid, gated, project)}
-        kept = [node for node in self.graph.node if node.name not in gone]
-        place = kept.index(total)
-        unused = {*expand.input[1:], *project.input[1:]}
+        inside = self._convolve("expand", before, block.expand, step["before"], step["inside"], "before", "inside")
+        value = self._add("DequantizeLinear", inside, *self._unit(step["inside"], zeros["inside"]))
+        gate = self._add("QuantizeLinear", self._add("Sigmoid", value), *self._unit(_GATE, 0))
+        gate = self._add("DequantizeLinear", gate, *self._unit(_GATE, 0))
+        active = self._add(
+            "QuantizeLinear", self._add("Mul", value, gate), *self._unit(step["active"], zeros["active"])
+        )
+        if with_projection:
+            after = self._convolve("project", active, block.project, step["active"], step["after"], "active", "after")
+            scale, zero = step["after"].flatten(), np.full(len(block.project.weight), zeros["after"], np.uint8)
+            units = self._constant(scale.numpy()), self._constant(zero)
+            self._add("DequantizeLinear", after, *units, name=result, axis=1)
+        else:
+            self._add("DequantizeLinear", active, *self._unit(step["active"], zeros["active"]), name=result)
+
+        unused = {name for node in gone for name in node.input}
+        kept = [node for node in self.graph.node if node.name not in {node.name for node in gone}]
         tensors = [tensor for tensor in self.graph.initializer if tensor.name not in unused]
+        place = kept.index(depthwise) + 1
         del self.graph.node[:], self.graph.initializer[:]
         self.graph.node.extend([*kept[:place], *self.new, *kept[place:]])
         self.graph.initializer.extend(tensors)
 
-    def _nodes(self) -> list[onnx.NodeProto]:
-        path = "/" + "/".join([self.name.split(".")[0], self.name])
-        nodes = {node.name: node for node in self.graph.node}
-        parts = ("depthwise/Conv", "expand/Conv", "Sigmoid", "Mul", "project/Conv", "Add")
-        return [nodes[f"{path}/{part}"] for part in parts]
+    def _layer_of(self, name: str) -> onnx.NodeProto:
+        weight = f"{self.name}.{name}.weight"
+        return next(node for node in self.graph.node if weight in node.input)
 
-    def _layer(
-        self, name: str, x: str, layer: torch.nn.Conv2d, step: Tensor, after: Tensor, zero_in: int, zero_out: int
+    def _convolve(
+        self, name: str, x: str, layer: torch.nn.Conv2d, step: Tensor, after: Tensor, before_name: str, after_name: str
     ) -> str:
-        """A 1x1 layer. step, after: those of the bytes that go in and come out; as zero_in, zero_out."""
-        weight = layer.weight.detach() * step
+        """A 1x1 layer. step, after: of the bytes that go in and come out, called so."""
+        weight, zeros = layer.weight.detach() * step, BytewiseBlock.zeros
         factor = row_factor(weight)
         assert layer.bias is not None
         integers = (weight / factor).round().numpy().astype(np.int8)
         bias = (layer.bias.detach() / factor.flatten()).round().numpy().astype(np.int32)
         scale = (factor.flatten() / after.flatten()).numpy().astype(np.float32)
-        one = self._number(1)
+        of_weight = self._constant(integers), self._constant(scale), self._constant(np.array(0, np.int8))
+        units = self._unit(1.0, zeros[before_name]), self._unit(1.0, zeros[after_name])
         return self._add(
-            "QLinearConv",
-            *(x, one, self._byte(zero_in)),
-            *(self._constant(integers), self._constant(scale), self._constant(np.array(0, np.int8))),
-            *(one, self._byte(zero_out)),
-            self._constant(bias),
-            name=f"{self.name}.{name}",
+            "QLinearConv", x, *units[0], *of_weight, *units[1], self._constant(bias), name=f"{self.name}.{name}"
         )
 
     def _add(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
@@ -106,11 +107,13 @@ class _Rewriter:
         self.graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
-    def _number(self, value: float | np.float32) -> str:
+    def _number(self, value: float) -> str:
         return self._constant(np.array(value, np.float32))
 
-    def _byte(self, value: int) -> str:
-        return self._constant(np.array(value, np.uint8))
+    def _unit(self, step: float | Tensor, zero: int) -> tuple[str, str]:
+        """The step of bytes, and which of them stands for 0."""
+        return self._number(float(step)), self._constant(np.array(zero, np.uint8))
 
     def _replace(self, name: str, value: Tensor) -> None:
-        self.weights[name].CopyFrom(numpy_helper.from_array(value.detach().numpy(), name))
+        (tensor,) = (tensor for tensor in self.graph.initializer if tensor.name == name)
+        tensor.CopyFrom(numpy_helper.from_array(value.detach().numpy(), name))

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import onnx
@@ -136,7 +136,7 @@ class ReducedGraph(nn.Module):
         """core (1, c, h, w) -> what the filter takes (1, t, 2 h, 2 w); beyond it, it sees the edge again."""
         t: Tensor = self.fine(_doubled(self.from_latent(self.coarse(core))))
         if self.last:
-            t = torch.cat([t, F.silu(self.last.expand(self.last.depthwise(t)))], 1)
+            t = torch.cat([t, self.last.active(t)], 1)
         return t
 
     def filtered(self, t: Tensor) -> Tensor:
@@ -322,24 +322,29 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
     core, rest = unweave(latent, net.shape.core)
     parts = {"core": core, "rest": rest, "rest_end": torch.tensor(1 << 31)}
     ends = {"core": positions, "rest": {2: "rest_rows", 3: "rest_columns"}}
-    bytewise = {f"fine.{n}": block for n, block in enumerate(net.synthesis.fine) if isinstance(block, BytewiseBlock)}
-    net = in_floats(net)
-    _trace(DecoderGraph(net), parts | whole, folder / "decoder.onnx", ends, ["image"])
-    convert(folder / "decoder.onnx", bytewise)
+    decoders: dict[str, nn.Module] = {"decoder.onnx": DecoderGraph(net)}
     for scale in (2, 4, 8):
         reduced = ReducedGraph(net, scale)
         reduced.fit(net, samples)
-        _trace(reduced, parts | whole, folder / f"reduced-{scale}.onnx", ends, ["image"])
+        decoders[f"reduced-{scale}.onnx"] = reduced
+    for name, graph in decoders.items():
+        _trace(in_floats(graph), parts | whole, folder / name, ends, ["image"])
+        convert(
+            folder / name, {path: block for path, block in graph.named_modules() if isinstance(block, BytewiseBlock)}
+        )
     both = {"latent": latent, "image": image, "inside": image[..., :1]}
     free = {"latent": positions, "image": pixels, "inside": pixels}
-    _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
+    _trace(GradientGraph(in_floats(net)), both, folder / "gradient.onnx", free, ["error", "slope"])
     onnx.save(prior(net.prior, widths(net.shape)), folder / "prior.onnx")
 
 
-def in_floats(net: Hourglass) -> Hourglass:
-    """A copy that works on floats throughout: what is traced, and what smaller pictures and gradients are made by."""
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def in_floats(net: _Module) -> _Module:
+    """A copy that works on floats throughout: what is traced, and what gradients are of."""
     net = copy.deepcopy(net)
-    for block in net.synthesis.fine:
+    for block in net.modules():
         if isinstance(block, BytewiseBlock):
             block.plain = True
     return net

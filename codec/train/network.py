@@ -85,8 +85,12 @@ class Block(nn.Module):
         nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.project(F.silu(self.expand(self.depthwise(x))))
+        out: Tensor = x + self.project(self.active(x))
         return out
+
+    def active(self, x: Tensor) -> Tensor:
+        """What the projection takes: (B, C, h, w) -> (B, hidden, h, w)."""
+        return F.silu(self.expand(self.depthwise(x)))
 
 
 class _Bytes(torch.autograd.Function):
@@ -132,13 +136,23 @@ class BytewiseBlock(Block):
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
             return super().forward(x)
-        step = {name: log_step.exp() for name, log_step in self.log_steps.items()}
-        before = self._bytes("before", self.depthwise(x))
-        inside = F.conv2d(before, whole(self.expand.weight * step["before"]), self.expand.bias)
-        active = self._bytes("active", F.silu(self._bytes("inside", inside) * step["inside"]))
-        after = F.conv2d(active, whole(self.project.weight * step["active"]), self.project.bias)
-        out: Tensor = x + self._bytes("after", after) * step["after"]
+        step = self.log_steps["active"].exp()
+        after = F.conv2d(self._active(x), whole(self.project.weight * step), self.project.bias)
+        out: Tensor = x + self._bytes("after", after) * self.log_steps["after"].exp()
         return out
+
+    def active(self, x: Tensor) -> Tensor:
+        if self.plain:
+            return super().active(x)
+        out: Tensor = self._active(x) * self.log_steps["active"].exp()
+        return out
+
+    def _active(self, x: Tensor) -> Tensor:
+        """In steps."""
+        before = self._bytes("before", self.depthwise(x))
+        weight = whole(self.expand.weight * self.log_steps["before"].exp())
+        inside = self._bytes("inside", F.conv2d(before, weight, self.expand.bias))
+        return self._bytes("active", F.silu(inside * self.log_steps["inside"].exp()))
 
     def _bytes(self, name: str, x: Tensor) -> Tensor:
         out: Tensor = _Bytes.apply(x, self.log_steps[name], self.zeros[name])  # type: ignore[no-untyped-call]

@@ -131,7 +131,9 @@ class IntegerLayer(nn.Module):
         size = self.weight.detach().abs().reshape(len(self.bias), -1)
         room = (0.75 * EXACT / self.before.reach - 0.5 * self.fan_in) / size.sum(1).clamp(min=1e-9)
         most = torch.minimum(self.largest / size.amax(1).clamp(min=1e-9), room)
-        return (torch.frexp(most).exponent - 1).clamp(max=14).to(most.dtype)
+        # A byte that stands for 0 has 128 in its place, which the accumulator must hold as well.
+        finest = 12 if self.after == SIGNED_BYTE else 14
+        return (torch.frexp(most).exponent - 1).clamp(max=finest).to(most.dtype)
 
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weight and bias as integers, and what the accumulator is multiplied by; before a floor, the bias holds the

@@ -31,6 +31,16 @@ def convert(path: Path, blocks: Mapping[str, BytewiseBlock]) -> None:
     onnx.save(model, path)
 
 
+def _integers(
+    layer: torch.nn.Conv2d, step: Tensor
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32]]:
+    """Integer weights (O, I, 1, 1) for bytes of a step; what the sums of each output are worth, and its bias, (O,)."""
+    weight = layer.weight.detach() * step
+    factor = row_factor(weight)
+    assert layer.bias is not None
+    return (weight / factor).round().numpy().astype(np.int8), factor.flatten().numpy(), layer.bias.detach().numpy()
+
+
 class _Rewriter:
     """The nodes of one block, and what takes their place."""
 
@@ -54,7 +64,7 @@ class _Rewriter:
         self._replace(depthwise.input[2], bias + 0.5)  # the cast rounds down
         clipped = self._add("Clip", depthwise.output[0], self._number(0), self._number(255))
         before = self._add("Cast", clipped, to=TensorProto.UINT8)
-        inside = self._convolve("expand", before, block.expand, step["before"], step["inside"], "before", "inside")
+        inside = self._bytes_of(before, block.expand, step["before"], float(step["inside"]))
         value = self._add("DequantizeLinear", inside, *self._unit(step["inside"], zeros["inside"]))
         gate = self._add("QuantizeLinear", self._add("Sigmoid", value), *self._unit(_GATE, 0))
         gate = self._add("DequantizeLinear", gate, *self._unit(_GATE, 0))
@@ -62,10 +72,7 @@ class _Rewriter:
             "QuantizeLinear", self._add("Mul", value, gate), *self._unit(step["active"], zeros["active"])
         )
         if with_projection:
-            after = self._convolve("project", active, block.project, step["active"], step["after"], "active", "after")
-            scale, zero = step["after"].flatten(), np.full(len(block.project.weight), zeros["after"], np.uint8)
-            units = self._constant(scale.numpy()), self._constant(zero)
-            self._add("DequantizeLinear", after, *units, name=result, axis=1)
+            self._product(active, block.project, step["active"], zeros["active"], result)
         else:
             self._add("DequantizeLinear", active, *self._unit(step["active"], zeros["active"]), name=result)
 
@@ -81,21 +88,25 @@ class _Rewriter:
         weight = f"{self.name}.{name}.weight"
         return next(node for node in self.graph.node if weight in node.input)
 
-    def _convolve(
-        self, name: str, x: str, layer: torch.nn.Conv2d, step: Tensor, after: Tensor, before_name: str, after_name: str
-    ) -> str:
-        """A 1x1 layer. step, after: of the bytes that go in and come out, called so."""
-        weight, zeros = layer.weight.detach() * step, BytewiseBlock.zeros
-        factor = row_factor(weight)
-        assert layer.bias is not None
-        integers = (weight / factor).round().numpy().astype(np.int8)
-        bias = (layer.bias.detach() / factor.flatten()).round().numpy().astype(np.int32)
-        scale = (factor.flatten() / after.flatten()).numpy().astype(np.float32)
-        of_weight = self._constant(integers), self._constant(scale), self._constant(np.array(0, np.int8))
-        units = self._unit(1.0, zeros[before_name]), self._unit(1.0, zeros[after_name])
+    def _bytes_of(self, x: str, layer: torch.nn.Conv2d, step: Tensor, after: float) -> str:
+        """The 1x1 layer to what is inside a block. step, after: of the bytes that go in and come out."""
+        integers, factor, bias = _integers(layer, step)
+        of_x, of_y = (self._unit(1.0, BytewiseBlock.zeros[name]) for name in ("before", "inside"))
+        scale, whole_bias = factor / np.float32(after), np.rint(bias / factor).astype(np.int32)
+        constants = (integers, scale, np.array(0, np.int8))
+        weight, worth, none = map(self._constant, constants)
         return self._add(
-            "QLinearConv", x, *units[0], *of_weight, *units[1], self._constant(bias), name=f"{self.name}.{name}"
+            "QLinearConv", x, *of_x, weight, worth, none, *of_y, self._constant(whole_bias), name=f"{self.name}.expand"
         )
+
+    def _product(self, x: str, layer: torch.nn.Conv2d, step: Tensor, zero: int, result: str) -> None:
+        """A 1x1 layer to floats: what is added to the trunk stays as fine as that is."""
+        integers, factor, bias = _integers(layer, step)
+        last = self._add("Transpose", x, perm=[0, 2, 3, 1])
+        weight = self._constant(np.ascontiguousarray(integers[:, :, 0, 0].T))
+        sums = self._add("MatMulInteger", last, weight, self._unit(1.0, zero)[1], name=f"{self.name}.project")
+        scaled = self._add("Mul", self._add("Cast", sums, to=TensorProto.FLOAT), self._constant(factor))
+        self._add("Transpose", self._add("Add", scaled, self._constant(bias)), name=result, perm=[0, 3, 1, 2])
 
     def _add(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         output = name or f"{self.name}.{operator}{len(self.new)}"

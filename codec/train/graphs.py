@@ -780,6 +780,9 @@ def _macs(model: onnx.ModelProto, channels: int = 0) -> dict[str, float]:
         elif node.op_type == "ConvTranspose":
             weight, given = shapes[node.input[1]], shapes[node.input[0]]
             counts[node.name] = float(np.prod(given)) * float(np.prod(weight[1:])) / side**2
+        elif node.op_type == "MatMulInteger":
+            weight, output = shapes[node.input[1]], shapes[node.output[0]]
+            counts[node.name] = float(np.prod(output)) * weight[0] / side**2
         elif node.op_type in ("MatMul", "Gemm"):
             raise NotImplementedError(f"{node.op_type} is not counted yet")
     return counts

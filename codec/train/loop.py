@@ -238,7 +238,7 @@ def fresh(
             start_prior(net, latents.pixels)
             if start:
                 _start_from(net, start)  # also what the latents would give
-        if "synthesis.fine.0.log_steps.after" not in taken:
+        if "synthesis.fine.0.log_steps.active" not in taken:
             fit_steps(net, pieces.crops(_TO_FIT, settings.crop, generator) / 255)
         side //= STRIDE
     torch.manual_seed(settings.seed + _rank())  # each process has noise of its own

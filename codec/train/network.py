@@ -31,9 +31,6 @@ from torch.nn import functional as F
 from hourglass.codec.errors import InvalidArgument
 from hourglass.codec.train.prior import BYTE_WEIGHT, OCTAVE, Mode, Prior, rounded
 
-_LEAST_REACH = 0.05
-"""What the bytes that a block adds hold at least, at first: a new block has nothing to add yet."""
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -112,14 +109,17 @@ class _Bytes(torch.autograd.Function):
 
 
 class BytewiseBlock(Block):
-    """The same with bytes before and after both 1x1 layers, which CPUs multiply several times as fast as floats.
+    """The same with bytes before both 1x1 layers, which CPUs multiply several times as fast as floats.
 
-    The sizes of their steps are learned (Esser et al., "Learned step size quantization", 2020), those of `before` and
-    `after` for each channel; `zeros` are the bytes that stand for 0. Weights are integers of 7 bits times a factor for
-    each output. plain: it works on floats all the same.
+    The sizes of their steps are learned (Esser et al., "Learned step size quantization", 2020), those of `before` for
+    each channel; `zeros` are the bytes that stand for 0. Weights are integers of 7 bits times a factor for each output.
+    What is added to x is no byte: where another machine rounds one byte otherwise, a pixel changes by one grey level at
+    most, which it would not if x had the steps of bytes.
+
+    plain: it works on floats all the same.
     """
 
-    zeros: ClassVar = {"before": 128, "inside": 128, "active": 64, "after": 128}
+    zeros: ClassVar = {"before": 128, "inside": 128, "active": 64}
     plain = False
 
     def __init__(self, channels: int, hidden: int) -> None:
@@ -129,17 +129,14 @@ class BytewiseBlock(Block):
                 "before": nn.Parameter(torch.zeros(channels, 1, 1)),
                 "inside": nn.Parameter(torch.zeros(())),
                 "active": nn.Parameter(torch.zeros(())),
-                "after": nn.Parameter(torch.zeros(channels, 1, 1)),
             }
         )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.plain:
             return super().forward(x)
-        step = self.log_steps["active"].exp()
-        after = F.conv2d(self._active(x), whole(self.project.weight * step), self.project.bias)
-        out: Tensor = x + self._bytes("after", after) * self.log_steps["after"].exp()
-        return out
+        weight = whole(self.project.weight * self.log_steps["active"].exp())
+        return x + F.conv2d(self._active(x), weight, self.project.bias)
 
     def active(self, x: Tensor) -> Tensor:
         if self.plain:
@@ -167,13 +164,12 @@ class BytewiseBlock(Block):
         before = self.depthwise(x)
         inside = self.expand(before)
         active = F.silu(inside)
-        after = self.project(active)
-        for name, values in (("before", before), ("inside", inside), ("active", active), ("after", after)):
+        for name, values in (("before", before), ("inside", inside), ("active", active)):
             log_step = self.log_steps[name]
             reach = values.abs().amax((0, 2, 3)) if log_step.dim() else values.abs().amax().reshape(1)
-            step = reach.clamp(min=_LEAST_REACH if name == "after" else 1e-3) / (255 - self.zeros[name])
+            step = reach.clamp(min=1e-3) / (255 - self.zeros[name])
             log_step.copy_(step.log().reshape(log_step.shape))
-        out: Tensor = x + after
+        out: Tensor = x + self.project(active)
         return out
 
 

@@ -633,10 +633,11 @@ def _branch(step: integers.Step, width: int, features: str, known: str) -> onnx.
         hidden, mix = nodes.add("Concat", features, spatial, axis=1), _Narrow(step.mix, width, latent, step.spatial)
     if bytewise:
         hidden = nodes.bytewise("deepen", nodes.bytewise("mix", hidden, mix, _ZERO), step.deepen, 0)
-        hidden = nodes.add("Cast", hidden, to=TensorProto.FLOAT)
     else:
         hidden = nodes.layer("deepen", nodes.layer("mix", hidden, mix), step.deepen)
     phases = nodes.add("SpaceToDepth", hidden, blocksize=2)
+    if bytewise:
+        phases = nodes.add("Cast", phases, to=TensorProto.FLOAT)
     mean = nodes.layer("mean", phases, _Narrow(step.mean, width, latent), group=4)
     if number:
         direct = nodes.depthwise_part("direct", known, _Narrow(step.direct, width, latent), number)

@@ -194,7 +194,7 @@ class Codec:
         self.limits.check_streamed(strips.width, strips.height)
         codec, quality = self.suited(strips, settings), quality_of(settings)
         model = codec._model(codec.model)
-        grid, halo = codec._grid(strips), model.analysis_halo * runtime.STRIDE
+        grid, halo = codec._grid(strips), model.halo * runtime.STRIDE
         if not strips.by_parts:
             rows = min(max(len(part) for part in self._bands(grid)) * grid.tile_height + 2 * halo, grid.height)
             self.limits.check_band(grid.width, grid.height, rows * grid.width * (1 if strips.grey else 3))

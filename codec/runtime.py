@@ -148,9 +148,8 @@ class Model:
     coded: the rule of the tensor that says how many channels of each tile's latent are coded, or None for all of them.
     widths: how many of each quarter of the latent's channels may be coded. side: of a tile, in pixels. padding:
     pictures are padded to multiples of it. edge: the same for what the transforms see; behind that they see zeros, as
-    behind the crops of training. halo: positions around a tile that the synthesis looks at; analysis_halo: that the
-    analysis does. reach: positions of the latent beyond its own that a pixel depends on. core: channels of each quarter
-    that every tile's synthesis gets.
+    behind the crops of training. halo: positions around a tile that the transforms look at. reach: positions of the
+    latent beyond its own that a pixel depends on. core: channels of each quarter that every tile's synthesis gets.
     colours: channels of the pictures, 3, or 1 for a model of grey ones. grey: id of the model for grey pictures,
     or None.
 
@@ -177,7 +176,6 @@ class Model:
         self.tensors = tuple(TensorRule(**rule) for rule in manifest["code"])
         self.latent = self.tensors[0]
         self.halo = int(manifest["halo"])
-        self.analysis_halo = int(manifest.get("analysis_halo", self.halo))
         self._sha256: dict[str, str] = dict(manifest["sha256"])
 
     @cached_property
@@ -238,7 +236,7 @@ class Model:
 
     def _image(self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> dict[str, NDArray[Any]]:
         """The inputs of encoder.onnx for a rectangle, see `analyse`."""
-        halo = self.analysis_halo * STRIDE
+        halo = self.halo * STRIDE
         bottom, right = y + height + -height % self.edge, x + width + -width % self.edge
         top, left = max(y - halo, 0), max(x - halo, 0)
         # Beyond the rectangle only what the picture has.

@@ -39,9 +39,9 @@ from hourglass.codec.train.prior import LADDER, OCTAVE, bits_of
 TILE = 512
 """Pixels a side of a tile, which is coded by itself."""
 
-HALO = 1
-"""Positions of the latent around a tile that its analysis and synthesis look at; with 0 there are seams of 0.3 dB, with
-1 none, with 2 and 4 no fewer."""
+HALO = 2
+"""Positions of the latent around a tile that its analysis and synthesis look at; with 0 there are seams of 0.3 dB. To
+hourglass-5 one was enough; beside the borders of hourglass-6 one loses 0.02 dB, at quality 90 0.05, two nothing."""
 
 CLASSIC_HALO = 2
 """The same for classic models: all that their convolutions reach."""

@@ -1,4 +1,4 @@
-"""Residual blocks of a traced graph that shall work on bytes: their 1x1 layers become QLinearConv.
+"""Residual blocks of a traced graph that shall work on bytes: their 1x1 layers become QLinearConv and MatMulInteger.
 
 What a `BytewiseBlock` does in training with floats that are integers the graph does with bytes, by standard operators.
 """

@@ -4,7 +4,8 @@ All that decides which probability table a symbol is coded with must come out th
 number in here is an integer carried in float32, and every partial sum stays below 2**24 in magnitude: each is exact,
 and neither the order of a summation nor FMA, SIMD width, threads or kernel can change a bit. Between layers an
 accumulator is multiplied by a power of two, rounded down and clipped, all exact. Training sees the same integers
-(fake quantisation with straight-through gradients), so export changes nothing.
+(fake quantisation with straight-through gradients), so export changes nothing. Layers from bytes to bytes become
+integer convolutions, which sum in 32 bits and round to the nearest.
 
 The latent is decoded in four steps (after Li, Li and Lu, "Neural video compression with diverse contexts", 2023,
 section 3.3). Channels form four groups, positions four phases by the parity of row and column; at phase p step k

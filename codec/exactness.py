@@ -141,13 +141,7 @@ def _convolution(name: str, x: _Value, weight: _Value, bias: _Value | None = Non
         raise ModelError(f"prior.onnx: {name} works on numbers that are no integers")
     if bias is not None and not np.array_equal(_scale(weight), _scale(bias)):
         raise ModelError(f"prior.onnx: weights and bias of {name} are in different units")
-    sums = np.abs(weight.constant.astype(np.float64)).reshape(len(weight.constant), -1).sum(1)
-    largest = sums * x.reach
-    if bias is not None and bias.constant is not None:
-        largest = largest + np.abs(bias.constant.astype(np.float64))
-    if not (largest < LIMIT).all():
-        raise ModelError(f"prior.onnx: {name} may reach {largest.max():.0f}; exact below {LIMIT} only")
-    return [int(value) for value in largest]
+    return _largest(name, weight, bias, x.reach)
 
 
 def _convolution_of_bytes(
@@ -176,8 +170,15 @@ def _convolution_of_bytes(
         raise ModelError(f"prior.onnx: {name} works on numbers that are no bytes")
     if np.abs(weights).max(initial=0) > _PAIR:
         raise ModelError(f"prior.onnx: {name} has weights up to {np.abs(weights).max():.0f}; exact up to {_PAIR} only")
-    largest = np.abs(weights).reshape(len(weights), -1).sum(1) * max(zero, x.reach - zero)
-    largest = largest + np.abs(np.asarray(bias.constant).astype(np.float64))
+    return _largest(name, weight, bias, max(zero, x.reach - zero))
+
+
+def _largest(name: str, weight: _Value, bias: _Value | None, reach: float) -> list[int]:
+    """Of each output channel, for inputs up to `reach`."""
+    weights = np.abs(np.asarray(weight.constant).astype(np.float64))
+    largest = weights.reshape(len(weights), -1).sum(1) * reach
+    if bias is not None:
+        largest = largest + np.abs(np.asarray(bias.constant).astype(np.float64))
     if not (largest < LIMIT).all():
         raise ModelError(f"prior.onnx: {name} may reach {largest.max():.0f}; exact below {LIMIT} only")
     return [int(value) for value in largest]

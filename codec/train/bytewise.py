@@ -41,12 +41,34 @@ def _integers(
     return (weight / factor).round().numpy().astype(np.int8), factor.flatten().numpy(), layer.bias.detach().numpy()
 
 
-class _Rewriter:
+class Nodes:
+    """Nodes and constants of one graph (or a part of it) in the making."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def add(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        output = name or f"{self.prefix}{operator}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def constant(self, value: NDArray[Any]) -> str:
+        name = f"{self.prefix}c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def number(self, value: float) -> str:
+        return self.constant(np.array(value, np.float32))
+
+
+class _Rewriter(Nodes):
     """The nodes of one block, and what takes their place."""
 
     def __init__(self, graph: onnx.GraphProto, name: str) -> None:
+        super().__init__(f"{name}.")
         self.graph, self.name = graph, name
-        self.new: list[onnx.NodeProto] = []
 
     def rewrite(self, block: BytewiseBlock) -> None:
         """Also of a block without its projection: of that it gives what this would take."""
@@ -62,27 +84,25 @@ class _Rewriter:
         self._replace(depthwise.input[1], block.depthwise.weight / step["before"][..., None])
         bias = block.depthwise.bias / step["before"].flatten() + zeros["before"]
         self._replace(depthwise.input[2], bias + 0.5)  # the cast rounds down
-        clipped = self._add("Clip", depthwise.output[0], self._number(0), self._number(255))
-        before = self._add("Cast", clipped, to=TensorProto.UINT8)
+        clipped = self.add("Clip", depthwise.output[0], self.number(0), self.number(255))
+        before = self.add("Cast", clipped, to=TensorProto.UINT8)
         inside = self._bytes_of(before, block.expand, step["before"], float(step["inside"]))
-        value = self._add("DequantizeLinear", inside, *self._unit(step["inside"], zeros["inside"]))
-        gate = self._add("QuantizeLinear", self._add("Sigmoid", value), *self._unit(_GATE, 0))
-        gate = self._add("DequantizeLinear", gate, *self._unit(_GATE, 0))
-        active = self._add(
-            "QuantizeLinear", self._add("Mul", value, gate), *self._unit(step["active"], zeros["active"])
-        )
+        value = self.add("DequantizeLinear", inside, *self._unit(step["inside"], zeros["inside"]))
+        gate = self.add("QuantizeLinear", self.add("Sigmoid", value), *self._unit(_GATE, 0))
+        gate = self.add("DequantizeLinear", gate, *self._unit(_GATE, 0))
+        active = self.add("QuantizeLinear", self.add("Mul", value, gate), *self._unit(step["active"], zeros["active"]))
         if with_projection:
             self._product(active, block.project, step["active"], zeros["active"], result)
         else:
-            self._add("DequantizeLinear", active, *self._unit(step["active"], zeros["active"]), name=result)
+            self.add("DequantizeLinear", active, *self._unit(step["active"], zeros["active"]), name=result)
 
         unused = {name for node in gone for name in node.input}
         kept = [node for node in self.graph.node if node.name not in {node.name for node in gone}]
         tensors = [tensor for tensor in self.graph.initializer if tensor.name not in unused]
         place = kept.index(depthwise) + 1
         del self.graph.node[:], self.graph.initializer[:]
-        self.graph.node.extend([*kept[:place], *self.new, *kept[place:]])
-        self.graph.initializer.extend(tensors)
+        self.graph.node.extend([*kept[:place], *self.nodes, *kept[place:]])
+        self.graph.initializer.extend([*tensors, *self.constants])
 
     def _layer_of(self, name: str) -> onnx.NodeProto:
         weight = f"{self.name}.{name}.weight"
@@ -94,36 +114,23 @@ class _Rewriter:
         of_x, of_y = (self._unit(1.0, BytewiseBlock.zeros[name]) for name in ("before", "inside"))
         scale, whole_bias = factor / np.float32(after), np.rint(bias / factor).astype(np.int32)
         constants = (integers, scale, np.array(0, np.int8))
-        weight, worth, none = map(self._constant, constants)
-        return self._add(
-            "QLinearConv", x, *of_x, weight, worth, none, *of_y, self._constant(whole_bias), name=f"{self.name}.expand"
+        weight, worth, none = map(self.constant, constants)
+        return self.add(
+            "QLinearConv", x, *of_x, weight, worth, none, *of_y, self.constant(whole_bias), name=f"{self.name}.expand"
         )
 
     def _product(self, x: str, layer: torch.nn.Conv2d, step: Tensor, zero: int, result: str) -> None:
         """A 1x1 layer to floats: what is added to the trunk stays as fine as that is."""
         integers, factor, bias = _integers(layer, step)
-        last = self._add("Transpose", x, perm=[0, 2, 3, 1])
-        weight = self._constant(np.ascontiguousarray(integers[:, :, 0, 0].T))
-        sums = self._add("MatMulInteger", last, weight, self._unit(1.0, zero)[1], name=f"{self.name}.project")
-        scaled = self._add("Mul", self._add("Cast", sums, to=TensorProto.FLOAT), self._constant(factor))
-        self._add("Transpose", self._add("Add", scaled, self._constant(bias)), name=result, perm=[0, 3, 1, 2])
-
-    def _add(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        output = name or f"{self.name}.{operator}{len(self.new)}"
-        self.new.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
-        return output
-
-    def _constant(self, value: NDArray[Any]) -> str:
-        name = f"{self.name}.c{len(self.graph.initializer)}"
-        self.graph.initializer.append(numpy_helper.from_array(value, name))
-        return name
-
-    def _number(self, value: float) -> str:
-        return self._constant(np.array(value, np.float32))
+        last = self.add("Transpose", x, perm=[0, 2, 3, 1])
+        weight = self.constant(np.ascontiguousarray(integers[:, :, 0, 0].T))
+        sums = self.add("MatMulInteger", last, weight, self._unit(1.0, zero)[1], name=f"{self.name}.project")
+        scaled = self.add("Mul", self.add("Cast", sums, to=TensorProto.FLOAT), self.constant(factor))
+        self.add("Transpose", self.add("Add", scaled, self.constant(bias)), name=result, perm=[0, 3, 1, 2])
 
     def _unit(self, step: float | Tensor, zero: int) -> tuple[str, str]:
         """The step of bytes, and which of them stands for 0."""
-        return self._number(float(step)), self._constant(np.array(zero, np.uint8))
+        return self.number(float(step)), self.constant(np.array(zero, np.uint8))
 
     def _replace(self, name: str, value: Tensor) -> None:
         (tensor,) = (tensor for tensor in self.graph.initializer if tensor.name == name)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from hourglass.codec.prior import STEPS
 from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
-from hourglass.codec.train.bytewise import convert
+from hourglass.codec.train.bytewise import Nodes, convert
 from hourglass.codec.train.classic import Classic
 from hourglass.codec.train.network import Block, BytewiseBlock, Hourglass, Shape, unweave, weave
 from hourglass.codec.train.prior import (
@@ -382,26 +382,8 @@ def _trace(
         )
 
 
-class _Nodes:
-    """Nodes and constants of one graph (or branch) in the making."""
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-
-    def add(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        output = name or f"{self.prefix}{operator}{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
-        return output
-
-    def constant(self, value: NDArray[Any]) -> str:
-        name = f"{self.prefix}c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
-
-    def number(self, value: float) -> str:
-        return self.constant(np.array(value, np.float32))
+class _Nodes(Nodes):
+    """What the prior is made of."""
 
     def clip(self, x: str, low: float, high: float) -> str:
         return self.add("Clip", x, self.number(low), self.number(high))

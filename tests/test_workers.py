@@ -71,7 +71,7 @@ class Process:
 
     def workers(self) -> list[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        return [pid for pid in map(int, children) if _works(pid)]
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -312,8 +312,10 @@ def test_supervisor_gone_while_a_worker_begins(started: Callable[..., Process]) 
 
 
 def _works(pid: int) -> bool:
-    path = Path(f"/proc/{pid}/cmdline")
-    return path.exists() and b"spawn_main" in path.read_bytes()
+    try:
+        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # it ended since its number was read
+        return False
 
 
 def test_supervisor_gone_workers_go(started: Callable[..., Process]) -> None:

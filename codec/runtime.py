@@ -334,6 +334,13 @@ class Hyperprior(Model):
         tables: NDArray[np.uint8] = self._numbers["level_tables"]
         return tables
 
+    @property
+    def nearer(self) -> NDArray[np.int8] | None:
+        """(64, n) int8, for each level and for symbols of magnitude 1, 2 ... n and more: by how many 1/FINE symbols the
+        centroid of what becomes one, which it stands for, is nearer to 0. None where symbols stand for themselves.
+        """
+        return self._numbers.get("nearer")
+
     def hyper_tables(self, quality: float) -> NDArray[np.uint8]:
         """(Z,) uint8: the table of each channel of the hyper-latent at `quality`."""
         tables: NDArray[np.uint8] = self._numbers["hyper_tables"][_nearest(quality)]

@@ -16,7 +16,9 @@ import torch
 from torch.nn import functional as F
 
 from hourglass.codec import Codec, errors, image, metrics
-from hourglass.codec.runtime import open_model
+from hourglass.codec.prior import gather
+from hourglass.codec.quantise import Analysed, quantise
+from hourglass.codec.runtime import Hyperprior, open_model
 from hourglass.codec.train import loop, prior
 from hourglass.codec.train.blocks import squared_error
 from hourglass.codec.train.classic import SHAPES, Classic, start_linear
@@ -222,6 +224,30 @@ def test_every_element_is_coded_once_and_sees_neighbours() -> None:
     assert (known.sum(3) == 4).all()  # after one step every position knows a quarter of its channels
 
 
+def test_centroids() -> None:
+    """A symbol stands for its magnitude less what its level and that say; both have the gradient of that."""
+    torch.manual_seed(4)
+    net = Hourglass(SHAPE).prior
+    assert net.nearer is not None
+    with torch.no_grad():
+        net.nearer.uniform_(-0.4, 0.4)
+    symbols = (3 * torch.randn(2, 5, 7, 8)).round().requires_grad_()
+    level = torch.randint(prior.LADDER, symbols.shape).float()
+    weight = torch.randn_like(symbols)
+    found = net.centred(symbols, level)
+    of_table, of_symbols = torch.autograd.grad((found * weight).sum(), (net.nearer, symbols))
+    assert torch.equal(of_symbols, weight)
+    expected, grad = symbols.detach().clone(), torch.zeros_like(of_table)
+    for place in np.ndindex(*symbols.shape):
+        symbol, row = int(symbols[place]), int(level[place])
+        if symbol:
+            column, sign = min(abs(symbol), 3) - 1, np.sign(symbol)
+            expected[place] -= sign * round(16 * float(net.nearer[row, column].detach())) / 16
+            grad[row, column] -= sign * weight[place]
+    assert torch.equal(found, expected)
+    assert torch.allclose(of_table, grad, atol=1e-5)
+
+
 def test_rounding_passes_gradients() -> None:
     x = torch.tensor([0.4, 1.6, -7.0], requires_grad=True)
     y = prior.rounded(x, -2, 2)
@@ -232,11 +258,21 @@ def test_rounding_passes_gradients() -> None:
 
 
 @pytest.fixture(scope="module")
-def zoo(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def net(run: Path) -> Hourglass:
+    """What the run came to, and centroids as a longer one has them."""
+    net, _ = load_checkpoint(run / "checkpoint.pt")
+    assert isinstance(net, Hourglass)
+    assert net.prior.nearer is not None
+    with torch.no_grad():
+        net.prior.nearer.copy_(torch.linspace(0.3, -0.1, net.prior.nearer.numel()).reshape(net.prior.nearer.shape))
+    return net
+
+
+@pytest.fixture(scope="module")
+def zoo(net: Hourglass, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zoo")
-    net, values = load_checkpoint(run / "checkpoint.pt")
     pieces = load_pieces(list_training(IMAGES), 16, CPU)
-    export(net, pieces, "small-1", folder, {"steps": values["step"]}, [IMAGES / "motocross.png"])
+    export(net, pieces, "small-1", folder, {"steps": SETTINGS.steps}, [IMAGES / "motocross.png"])
     return folder
 
 
@@ -252,9 +288,8 @@ def test_exported_model_works(zoo: Path) -> None:
     assert [p.name for p in zoo.iterdir()] == ["small-1"]
 
 
-def test_exported_graphs_are_the_network(run: Path, zoo: Path) -> None:
+def test_exported_graphs_are_the_network(net: Hourglass, zoo: Path) -> None:
     """Latents equal but for float rounding, pixels within one grey level, and the rate that the training counted."""
-    net, _ = load_checkpoint(run / "checkpoint.pt")
     codec, model = Codec("small-1", zoo=zoo), open_model("small-1", zoo)
     picture = image.read(IMAGES / "motocross.png")[:75, :117]
     padded = np.pad(picture, ((0, 5), (0, 11), (0, 0)), mode="edge")  # whole positions
@@ -275,9 +310,34 @@ def test_exported_graphs_are_the_network(run: Path, zoo: Path) -> None:
     assert len(data) * 8 == pytest.approx(float(bits), rel=0.1)
 
 
-def test_gradient_graph_is_the_gradient(run: Path, zoo: Path) -> None:
+def test_exported_centroids(net: Hourglass, zoo: Path) -> None:
+    """What the synthesis gets is mean and symbol, and of that what the network takes off at its level."""
+    model = open_model("small-1", zoo)
+    picture = np.ascontiguousarray(image.read(IMAGES / "motocross.png")[:128, :192])
+    analysed = Analysed(model, picture, model.analyse(picture, 0, 0, 192, 128))
+    shift = net.prior.shift()
+    assert isinstance(model, Hyperprior)
+    assert shift is not None
+    seen = set()
+    for quality in (40.0, 100.0):
+        symbols = quantise(analysed, quality, "default")
+        for chosen, part in symbols.parts[1:]:
+            assert part.step is not None
+            assert part.mean is not None
+            found = gather(symbols.latent, part.step) - 16 * chosen - part.mean
+            assert not found[chosen == 0].any()
+            for place in np.argwhere(chosen).tolist():
+                at = tuple(place)
+                level = model.level_tables.tolist().index(part.tables[at])
+                size = min(abs(int(chosen[at])), 3)
+                seen.add(size)
+                assert found[at] == -np.sign(chosen[at]) * float(shift[level, size - 1])
+    assert seen == {1, 2, 3}
+
+
+def test_gradient_graph_is_the_gradient(net: Hourglass, zoo: Path) -> None:
     """The written-out backward pass, against PyTorch's own, both in floats."""
-    net = in_floats(load_checkpoint(run / "checkpoint.pt")[0])
+    net = in_floats(net)
     picture = image.read(IMAGES / "motocross.png")[:64, :128]
     x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
     latent = net.analysis(x / 255).detach().requires_grad_(True)

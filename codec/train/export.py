@@ -236,7 +236,7 @@ def freeze(net: Hourglass, pieces: Pieces, count: int = 300) -> dict[str, NDArra
     tables = _frozen([_to_integers(distribution) for distribution in [*levels[coded], *centres]])
     log_gain, log_hyper_gain = net.gains.log_gain.numpy(), net.hyper_gains.log_gain.numpy()
     octaves = OCTAVE / np.log(2)
-    return tables | {
+    numbers = tables | {
         "level_tables": level_tables,
         "hyper_tables": index,
         "log_gain": log_gain,
@@ -246,6 +246,9 @@ def freeze(net: Hourglass, pieces: Pieces, count: int = 300) -> dict[str, NDArra
         "hyper_exponent": np.rint(log_hyper_gain * octaves).astype(np.int32),
         "mantissa": np.rint(256 * np.exp2(np.arange(OCTAVE) / OCTAVE)).astype(np.uint16),
     }
+    if (shift := net.prior.shift()) is not None:
+        numbers["nearer"] = shift.numpy().astype(np.int8)
+    return numbers
 
 
 @torch.no_grad()

@@ -42,6 +42,9 @@ SMOOTHED = 80
 ACTIVITY = 40.0
 """Mean square of the gradient, in grey levels for each pixel, at which an area counts a quarter in `uneven`."""
 
+_OF_ITSELF = ("log_steps.before", "log_steps.inside", "log_steps.active", "prior.nearer")
+"""Ends of the names of weights that need neither principal components nor latents to start from."""
+
 _TO_FIT = 64
 """Crops that the steps of the synthesis' bytes are chosen for at first."""
 
@@ -222,7 +225,7 @@ def fresh(
         net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     else:
         taken = _start_from(net, start) if start else set()
-        whole = taken == net.state_dict().keys()
+        whole = all(name.endswith(_OF_ITSELF) for name in net.state_dict().keys() - taken)
         if not whole:
             start_from_pca(net, pictures, generator)
             if start:

@@ -46,6 +46,7 @@ class Shape:
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
     bytewise: bool = True  # whether these, and the blocks of the synthesis at 1/8, work on bytes
+    centred: bool = True  # whether symbols stand for the centre of what becomes one, learned for each level
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.00045  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
     lambda_high: float = 0.15  # the same at quality 100; between them log-linear
@@ -61,7 +62,7 @@ class Shape:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Shape:
-        values = {"bytewise": False} | values  # what was before there was a choice
+        values = {"bytewise": False, "centred": False} | values  # what was before there was a choice
         for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden"):
             values[key] = tuple(values[key])
         return Shape(**values)
@@ -363,6 +364,7 @@ class Hourglass(nn.Module):
             self.shape.features,
             self.shape.hidden,
             self.shape.bytewise,
+            self.shape.centred,
         )
         self.synthesis = Synthesis(self.shape)
 

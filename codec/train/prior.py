@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hourglass.codec.prior import FINE, STEPS
 from hourglass.codec.prior import KNOWN as LARGEST_KNOWN
-from hourglass.codec.prior import STEPS
 from hourglass.codec.quantise import NEAR, WORTH
 
 EXACT = 2**24
@@ -40,6 +40,9 @@ LADDER = 64
 PER_OCTAVE = 6
 LOWEST = -3.25
 """Scale i of the ladder is 2**(LOWEST + i / PER_OCTAVE), 0.105 to 152 symbols."""
+
+NEARER = 3
+"""Magnitudes of symbols, from 1, that have a centre of their own at each level; larger ones share the last."""
 
 WEIGHT = 127
 """Largest magnitude of an integer weight."""
@@ -108,6 +111,29 @@ class _Requantise(torch.autograd.Function):
         inside, factor = ctx.saved_tensors
         grad = (grad * factor).mul_(inside)
         return grad, grad.sum((0, 1, 2)), None, None, None, None
+
+
+class _Centred(torch.autograd.Function):
+    """`Prior.centred`. The symbols' gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, symbols: Tensor, level: Tensor, nearer: Tensor) -> Tensor:
+        flat = symbols.reshape(-1)
+        places = flat.round().nonzero()[:, 0]
+        few, (levels, sizes) = flat[places], nearer.shape
+        which = level.reshape(-1)[places].long() * sizes + few.abs().round().long().clamp(max=sizes) - 1
+        ctx.save_for_backward(places, which, few.sign())
+        ctx.shape = levels, sizes
+        out = flat.clone()
+        out[places] -= few.sign() * nearer.flatten()[which]
+        return out.reshape(symbols.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        places, which, sign = ctx.saved_tensors
+        of_table = torch.zeros(math.prod(ctx.shape), dtype=grad.dtype, device=grad.device)
+        of_table.index_add_(0, which, grad.reshape(-1)[places] * -sign)
+        return grad, None, of_table.reshape(ctx.shape)
 
 
 class IntegerLayer(nn.Module):
@@ -298,10 +324,12 @@ def bits_of(x: Tensor, level: Tensor) -> Tensor:
 class Prior(nn.Module):
     """The whole prior, in integers. `log_unit` (C,): OCTAVE * log2 of each latent channel's deviation.
 
-    bytewise: see `Step`.
+    bytewise: see `Step`. centred: see the method.
     """
 
-    def __init__(self, latent: int, hyper: int, anchors: int, features: int, hidden: int, bytewise: bool) -> None:
+    def __init__(
+        self, latent: int, hyper: int, anchors: int, features: int, hidden: int, bytewise: bool, centred: bool
+    ) -> None:
         super().__init__()
         self.register_buffer("log_unit", torch.zeros(latent))
         self.log_unit: Tensor
@@ -312,6 +340,7 @@ class Prior(nn.Module):
         self.widen2 = Pointwise(middle, 4 * features, SIGNED, HIDDEN)
         self.spread2 = Depthwise(features, 3, HIDDEN, SIGNED_BYTE if bytewise else SIGNED)
         self.steps = nn.ModuleList(Step(latent, features, hidden, bytewise, step) for step in range(STEPS))
+        self.nearer = nn.Parameter(torch.zeros(LADDER, NEARER)) if centred else None
 
     def features(self, z_hat: Tensor, hats: Tensor) -> Tensor:
         """Hyper-synthesis: dequantised hyper-latent (B, h/4, w/4, Z), quality (B, anchors) -> (B, h, w, F)."""
@@ -338,8 +367,23 @@ class Prior(nn.Module):
                 noisy = bits_of(rest + torch.rand_like(rest) - 0.5, level.detach())
                 own = own + noisy - noisy.detach()
             bits = bits + own.sum((1, 2, 3))
-            parts.append(symbols + mean)
+            parts.append(self.centred(symbols, level) + mean)
         return join(parts), bits
+
+    def shift(self) -> Tensor | None:
+        """(LADDER, NEARER): how much nearer to 0 than a symbol of magnitude 1, 2, ... is what it stands for at each
+        level, in whole 1/FINE symbols; None where that is the symbol itself."""
+        return None if self.nearer is None else rounded(self.nearer * FINE, -127, 127)
+
+    def centred(self, symbols: Tensor, level: Tensor) -> Tensor:
+        """What symbols (any shape) stand for, at levels (the same): the centroid of what becomes one, learned.
+
+        A steep distribution has more of it towards 0. The context sees the symbols as they are.
+        """
+        if (shift := self.shift()) is None:
+            return symbols
+        out: Tensor = _Centred.apply(symbols, level, shift / FINE)  # type: ignore[no-untyped-call]
+        return out
 
     def walk(
         self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor, mode: Mode

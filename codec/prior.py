@@ -137,28 +137,25 @@ def _steps(
             part[:, -((down.start - rows) // 2) :] = 0
             part[:, :, -((across.start - columns) // 2) :] = 0
         chosen = choose(Part("y", table, mean, step))
-        fine = chosen.astype(np.int32, order="C")
+        fine = chosen.astype(np.int32)
         fine *= FINE
         fine += mean
         scatter(chosen, symbols, step)
         if step + 1 < STEPS:
             scatter(known_of(fine, units.known_unit[step]), known, step)
-        if model.nearer is not None:
-            _centre(fine, chosen, level, model.nearer)
+        if model.centroids is not None:
+            fine += _shift(chosen, level, model.centroids)
         scatter(fine, latent, step)
     return symbols[:, :rows, :columns], latent
 
 
-def _centre(
-    fine: NDArray[np.int32], symbols: NDArray[np.int16], level: NDArray[np.uint8], nearer: NDArray[np.int8]
-) -> None:
-    """Move what symbols stand for to the centre of what becomes one, in place; see `Hyperprior.nearer`."""
-    flat = symbols.reshape(-1)
-    places = np.flatnonzero(flat)
-    found = flat[places].astype(np.intp)
-    which = level.reshape(-1)[places].astype(np.intp) * nearer.shape[1]
-    which += np.minimum(abs(found), nearer.shape[1]) - 1
-    fine.reshape(-1)[places] -= np.where(found < 0, -1, 1) * nearer.reshape(-1)[which]
+def _shift(symbols: NDArray[np.int16], level: NDArray[np.uint8], centroids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """From symbols to the centroids that they stand for, of their shape; see `Hyperprior.centroids`."""
+    count = centroids.shape[1]
+    which = np.clip(symbols, -(count // 2), count // 2)
+    which += level * np.int16(count)
+    which += np.int16(count // 2)
+    return np.take(centroids, which)
 
 
 def known_of(fine: NDArray[np.int32], unit: NDArray[np.float32]) -> NDArray[np.float32]:

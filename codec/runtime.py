@@ -334,12 +334,16 @@ class Hyperprior(Model):
         tables: NDArray[np.uint8] = self._numbers["level_tables"]
         return tables
 
-    @property
-    def nearer(self) -> NDArray[np.int8] | None:
-        """(64, n) int8, for each level and for symbols of magnitude 1, 2 ... n and more: by how many 1/FINE symbols the
-        centroid of what becomes one, which it stands for, is nearer to 0. None where symbols stand for themselves.
+    @cached_property
+    def centroids(self) -> NDArray[np.int32] | None:
+        """(64, 2 n + 1) int32, for each level and for symbols from -n (or below) to n (or above): how far from a symbol
+        the centroid is that it stands for, in 1/FINE symbols. None where symbols stand for themselves.
         """
-        return self._numbers.get("nearer")
+        nearer = self._numbers.get("nearer")
+        if nearer is None:
+            return None
+        nearer = nearer.astype(np.int32)
+        return np.concatenate([nearer[:, ::-1], np.zeros_like(nearer[:, :1]), -nearer], 1)
 
     def hyper_tables(self, quality: float) -> NDArray[np.uint8]:
         """(Z,) uint8: the table of each channel of the hyper-latent at `quality`."""

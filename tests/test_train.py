@@ -198,6 +198,23 @@ def test_the_encoders_choices() -> None:
     assert prior.chosen(torch.tensor([-0.51, -0.95, -1.6, -5.51]), level).tolist() == [0, -1, -2, -6]
 
 
+def test_gains_that_are_next_to_none_are_bounded(run: Path, tmp_path: Path) -> None:
+    """A checkpoint with a gain that no unit of the prior holds is loaded with one that it does; the others stay."""
+    net, values = load_checkpoint(run / "checkpoint.pt")
+    assert isinstance(net, Hourglass)
+    before = [table.clone() for table in (net.gains.log_gain, net.gains.log_inverse)]
+    net.gains.log_gain[2, 5], net.gains.log_inverse[2, 5] = -45.0, 44.0
+    torch.save({**values, "ema": net.state_dict()}, tmp_path / "fallen.pt")
+    loaded, _ = load_checkpoint(tmp_path / "fallen.pt")
+    assert isinstance(loaded, Hourglass)
+    octaves = float(loaded.gains.log_gain[2, 5]) / math.log(2) + float(net.prior.log_unit[5]) / prior.OCTAVE
+    assert octaves == pytest.approx(-59, abs=1e-4)
+    assert float(loaded.gains.log_gain[2, 5] + loaded.gains.log_inverse[2, 5]) == pytest.approx(-1, abs=1e-4)
+    for table, kept in zip((loaded.gains.log_gain, loaded.gains.log_inverse), before, strict=True):
+        changed = (table != kept).nonzero().tolist()
+        assert changed == [[2, 5]]
+
+
 def test_prior_is_a_distribution() -> None:
     net = Hourglass(SHAPE)
     edges = torch.arange(-400.0, 401.0)[None, None, :, None].repeat(1, SHAPE.hyper, 1, 1)

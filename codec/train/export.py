@@ -74,7 +74,7 @@ _Floats = NDArray[np.float64]
 
 
 def load_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
-    """The averaged network of a checkpoint, on the CPU, and the checkpoint's other values."""
+    """The averaged network of a checkpoint, on the CPU, its gains bounded, and the checkpoint's other values."""
     try:
         values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         net = network_of(shape_of(values["shape"]))
@@ -83,6 +83,8 @@ def load_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
         raise
     except Exception as exc:  # torch.load raises whatever the bytes make it stumble over
         raise errors.DataError(f"{path} is no checkpoint of this release: {exc}") from exc
+    if isinstance(net, Hourglass):
+        net.bound_gains()
     return net.eval().requires_grad_(False), values
 
 

@@ -31,6 +31,9 @@ from torch.nn import functional as F
 from hourglass.codec.errors import InvalidArgument
 from hourglass.codec.train.prior import BYTE_WEIGHT, OCTAVE, Mode, Prior, rounded
 
+LEAST_UNIT = -59
+"""Octaves of the smallest unit that a channel's symbols may have; below -60 a model is refused when it is loaded."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -367,6 +370,18 @@ class Hourglass(nn.Module):
             self.shape.centred,
         )
         self.synthesis = Synthesis(self.shape)
+
+    @torch.no_grad()
+    def bound_gains(self) -> None:
+        """Raise gains of the latent that are next to none, in place, to the least that the prior's units hold.
+
+        The gain of a channel that a quality does not use goes on falling in training. Its inverse falls by as much as
+        it rises, so that what the two make of a value together stays.
+        """
+        least = (LEAST_UNIT * OCTAVE - self.prior.log_unit) * (math.log(2) / OCTAVE)
+        rise = (least - self.gains.log_gain).clamp(min=0)
+        self.gains.log_gain.add_(rise)
+        self.gains.log_inverse.sub_(rise)
 
     def weight_of_error(self, quality: Tensor) -> Tensor:
         """lambda(quality): bits per pixel that one unit of squared error (0..255 scale) is worth."""

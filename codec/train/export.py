@@ -41,8 +41,8 @@ TILE = 512
 
 HALO = 2
 """Positions of the latent around a tile that its analysis and synthesis look at; with 0 there are seams of 0.3 dB. To
-hourglass-5 one was enough; its bytes have made the next one look further: one loses 0.02 dB beside borders, 0.05 at quality
-90, two nothing."""
+hourglass-5 one was enough; with bytes in the synthesis one loses 0.02 dB beside borders, 0.05 at quality 90, two
+nothing."""
 
 CLASSIC_HALO = 2
 """The same for classic models: all that their convolutions reach."""

@@ -32,7 +32,7 @@ train/NOTES.md."""
 NEAR = 3
 """Symbols up to this magnitude may move towards 0."""
 
-_NOTHING, _LITTLE = 0.02, 0.08
+_NOTHING, _LITTLE = 0.02, 0.04
 """Bits for each symbol that is not 0 that the loss of channels left out may be worth: of any channels, and of those
 alone that only the largest width codes, which take a third of the time to decode; measured, see train/NOTES.md."""
 

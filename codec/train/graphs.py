@@ -47,7 +47,8 @@ _INT16 = 32767
 _PART = (1, "channels", "half_height", "half_width")
 _FEATURES = (1, "features", "features_rows", "features_columns")
 _ZERO = 128  # the byte that stands for 0 in a signed one
-_KEPT = {8: 2}  # at 1/8 a pixel is the mean of a block, which training makes exact: it takes two blocks to match that
+_FEW = 16  # outputs that onnxruntime computes at a time, as fast as fewer
+_KEPT = {4: 1, 8: 2}  # at 1/8 a pixel is the mean of a block, which training makes exact: it takes two to match that
 
 
 class EncoderGraph(nn.Module):
@@ -115,16 +116,18 @@ class ReducedGraph(nn.Module):
     """What DecoderGraph takes -> image (1, H / scale, W / scale, 3) uint8, without the work for the details.
 
     Of the blocks at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them `fit` puts
-    one linear 3x3 filter; it also does what the last of these would do behind its SiLU, which is linear too.
+    one linear 3x3 filter; with few outputs it also does what the last of these would do behind its SiLU, which is
+    linear too.
     """
 
     def __init__(self, net: Hourglass, scale: int) -> None:
         super().__init__()
         self.coarse, self.from_latent = net.synthesis.coarse, net.synthesis.from_latent
         kept = [block for block in net.synthesis.fine if isinstance(block, Block)][: _KEPT.get(scale, 0)]
-        self.fine, self.last = nn.Sequential(*kept[:-1]), kept[-1] if kept else None
         self.scale, self.side = scale, 8 // scale  # pixels that a position at 1/8 resolution has a side
         samples = 3 * self.side**2
+        self.last = kept.pop() if kept and samples < _FEW else None
+        self.fine = nn.Sequential(*kept)
         inputs = net.shape.trunk + (self.last.expand.out_channels if self.last else 0)
         self.head = nn.Conv2d(inputs, samples, 3)
         rest = net.synthesis.from_rest.weight.reshape(3, self.side, scale, self.side, scale, 4, -1).mean((2, 4))
@@ -145,7 +148,7 @@ class ReducedGraph(nn.Module):
         onnxruntime computes sixteen outputs at a time, as fast as fewer: at 1/8 a pixel has three.
         """
         samples, inputs = self.head.weight.shape[:2]
-        if samples >= 16:
+        if samples >= _FEW:
             out: Tensor = self.head(_bordered(t))
             return out
         places = _bordered(F.conv2d(t, self.head.weight.permute(2, 3, 0, 1).reshape(9 * samples, inputs, 1, 1)))

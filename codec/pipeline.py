@@ -59,6 +59,9 @@ _AT_ONCE = 4
 _LEAST_TILE = 22
 """No tile takes fewer bytes than this, its entry in the header included."""
 
+_FILLED = 0.97
+"""Part of a target in size that a file fills at least."""
+
 _DETAILED = 1 << 24
 """Pixels up to which a search keeps its latents as they are, in float32; above it in float16."""
 
@@ -265,7 +268,7 @@ class Codec:
         requantised = self.suited(picture, {})._requantiser(picture)
         for quality in qualities:
             check_quality(quality)
-            yield requantised(quality, effort)
+            yield requantised(quality, effort, None)
 
     def synthesise(self, code: Code) -> Pixels:
         """Prior, inverse gain, synthesis transform: a Code -> (H, W, 3) uint8, or (H, W) if it is grey.
@@ -496,18 +499,18 @@ class Codec:
         packed = self._crew(model, grid).each(grid.tiles(), lambda tile, _: lossless.pack(alpha[_place(tile)]))
         return [(container.ALPHA, payload) for payload in packed]
 
-    def _requantiser(self, picture: Picture) -> Callable[[float, Effort], bytes]:
-        """quality, effort -> file, for one picture; the analysis transform runs once."""
+    def _requantiser(self, picture: Picture) -> Callable[[float, Effort, int | None], bytes]:
+        """quality, effort, widest (see `quantise`) -> file, for one picture; the analysis transform runs once."""
         model = self._model(self.model)
         grid = self._grid(picture)
         alpha = self._alpha_sections(picture, grid)
         analysed = self._transformed(picture, grid)
 
-        def encode(quality: float, effort: Effort) -> bytes:
+        def encode(quality: float, effort: Effort, widest: int | None) -> bytes:
             quality = round(float(quality), 2)
 
             def work(tile: Tile, own: runtime.Model) -> bytes:
-                return pack_tile(own, quality, quantise(analysed[tile.number], quality, effort))
+                return pack_tile(own, quality, quantise(analysed[tile.number], quality, effort, widest))
 
             return self._file(picture, quality, self._crew(model, grid).each(grid.tiles(), work), alpha)
 
@@ -533,16 +536,25 @@ class Codec:
         return None
 
     def _reach_size(self, picture: Picture, source: int | None, settings: Settings) -> bytes:
-        """The file of the highest quality that is no larger than asked for."""
+        """The file of the highest quality that is no larger than asked for, and no less than _FILLED of it.
+
+        Where a tile goes from one width to the next, its size jumps. What falls into such a gap is reached by a higher
+        quality in the smaller width.
+        """
         limit = self._limit(picture, source, settings) or 0
         encode = self._requantiser(picture)
 
-        def attempt(quality: float, effort: Effort) -> Attempt:
-            data = encode(quality, effort)
-            return Attempt(quality, data, math.log(len(data)))
+        def search(widest: int | None) -> Attempt:
+            def attempt(quality: float, effort: Effort) -> Attempt:
+                data = encode(quality, effort, widest)
+                return Attempt(quality, data, math.log(len(data)))
 
-        effort = settings.get("effort", "default")
-        found = aim(attempt, effort, math.log(limit) if limit else 0.0, below=True)
+            return aim(attempt, settings.get("effort", "default"), math.log(limit) if limit else 0.0, below=True)
+
+        found = search(None)
+        for widest in reversed(range(len(self._model(self.model).widths) - 1)):
+            if found.quality < 100 and len(found.data) < _FILLED * limit:
+                found = max(found, search(widest), key=lambda attempt: len(attempt.data))
         if (least := len(found.data)) > limit:
             asked = next(f"{goal} is {value}" for goal, value in settings.items() if goal in GOALS)
             raise InvalidArgument(
@@ -558,7 +570,7 @@ class Codec:
         original = seen(Picture(_colour(picture, grid)))
 
         def attempt(quality: float, effort: Effort) -> Attempt:
-            data = encode(quality, effort)
+            data = encode(quality, effort, None)
             decoded = self.decode_picture(data)
             return Attempt(quality, data, metrics.psnr(original, seen(Picture(decoded.colour))))
 

@@ -75,11 +75,14 @@ class Symbols:
 
 
 @hop("quantisation")
-def quantise(analysed: Analysed, quality: float, effort: Effort) -> Symbols:
-    """Gain, prior, rounding. quality: as the file stores it. For a classic model `best` is `default`."""
+def quantise(analysed: Analysed, quality: float, effort: Effort, widest: int | None = None) -> Symbols:
+    """Gain, prior, rounding. quality: as the file stores it. For a classic model `best` is `default`.
+
+    widest: index of the largest of the model's widths that may be chosen; by default any.
+    """
     if effort == "best" and isinstance(analysed.model, Hyperprior):
-        return _best(analysed, analysed.model, quality)
-    return _once(analysed, quality, effort)[0]
+        return _best(analysed, analysed.model, quality, widest)
+    return _once(analysed, quality, effort, widest)[0]
 
 
 def dequantise(
@@ -114,13 +117,15 @@ def widen(coded: NDArray[_Number], channels: int) -> NDArray[_Number]:
     return whole
 
 
-def _once(analysed: Analysed, quality: float, effort: Effort) -> tuple[Symbols, list[NDArray[np.float32]]]:
+def _once(
+    analysed: Analysed, quality: float, effort: Effort, widest: int | None
+) -> tuple[Symbols, list[NDArray[np.float32]]]:
     """Symbols, and for each step of the prior the latent less its mean."""
     model, tensors = analysed.model, dict(analysed.tensors)
     height, width = analysed.pixels.shape[:2]
     _, rows, columns = model.latent.shape(width, height)
     tensors["y"] = tensors["y"] * model.gain(quality)[:, None, None]
-    index = _width(tensors["y"][:, :rows, :columns], model.widths)
+    index = _width(tensors["y"][:, :rows, :columns], model.widths[: None if widest is None else widest + 1])
     if isinstance(model, Hyperprior):
         tensors["z"] = tensors["z"] * model.hyper_gain(quality)[:, None, None]
         tensors["y"] = narrow(tensors["y"], model.widths[index])
@@ -184,14 +189,14 @@ def _drop(
     flat[places] = np.where(saved > worth * worse, nearer, symbol)
 
 
-def _best(analysed: Analysed, model: Hyperprior, quality: float) -> Symbols:
+def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | None) -> Symbols:
     """The better of every step that was tried, by bits + lambda * squared error."""
     weight = model.weight_of_error(quality) / 3  # of the error summed over red, green and blue
     gain, inverse = model.gain(quality)[:, None, None], model.inverse_gain(quality)[:, None, None]
 
     def judge(latent: NDArray[np.float32]) -> tuple[float, Symbols, NDArray[np.float32]]:
         """The sum to make small, the symbols, and the direction in which it grows, in symbols."""
-        symbols, rests = _once(replace(analysed, tensors={**analysed.tensors, "y": latent}), quality, "default")
+        symbols, rests = _once(replace(analysed, tensors={**analysed.tensors, "y": latent}), quality, "default", widest)
         coded = widen(symbols.latent, len(latent))
         error, slope = model.error_slope(coded * (inverse * np.float32(1 / prior.FINE)), analysed.pixels)
         slope *= weight * inverse

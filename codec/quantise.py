@@ -3,12 +3,14 @@
 Channels that nothing of note is in are left out first, at any effort. fast: plain rounding. default: symbols whose bits
 cost more than the error that they mend move towards zero (rate-distortion optimised quantisation). best: before that,
 the latent itself goes downhill on rate + lambda * squared error of the decoded picture, with the gradient of the
-synthesis transform from gradient.onnx, step by step, as long as the sum falls (after Yang, Bamler and Mandt, "Improving
-inference for neural image compression", 2020, with plain rounding in place of annealing).
+synthesis transform from gradient.onnx: first with rounding by chance, less and less of it (Yang, Bamler and Mandt,
+"Improving inference for neural image compression", 2020, section 3.2), then with the rounding that counts, step by
+step, as long as the sum falls.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
 
@@ -39,8 +41,21 @@ alone that only the largest width codes, which take a third of the time to decod
 _RARE = 9.0
 """Bits that a symbol takes in a channel where almost all are 0."""
 
-_TURNS = 10
-"""Steps that `best` tries."""
+_DEARER = 1.4
+"""What an error saved costs in bits where one quality goes over into the next, for each bit that it costs the model's
+lambda: 1.2 to 1.5, measured. `best` looks for gains along that curve, not for another place on it."""
+
+_ANNEALED, _TURNS = 30, 10
+"""Steps of `best` with rounding by chance, and behind them without."""
+
+_WARM, _COLD = 0.5, 0.25
+"""Temperature of the rounding by chance at first and in the end."""
+
+_PACE, _MOMENTUM, _INERTIA = 0.1, 0.9, 0.95
+"""Of a step with rounding by chance: about how far it goes at first, in symbols, and the decays of Adam's averages."""
+
+_REACH = 15
+"""Magnitude of symbols up to which `best` knows their bits."""
 
 
 @dataclass(frozen=True)
@@ -191,42 +206,111 @@ def _drop(
 
 def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | None) -> Symbols:
     """The better of every step that was tried, by bits + lambda * squared error."""
-    weight = model.weight_of_error(quality) / 3  # of the error summed over red, green and blue
+    # Of the error summed over red, green and blue.
+    weight = model.weight_of_error(quality) * _DEARER / 3
     gain, inverse = model.gain(quality)[:, None, None], model.inverse_gain(quality)[:, None, None]
+
+    def once(latent: NDArray[np.float32]) -> tuple[Symbols, _Rounding]:
+        symbols, rests = _once(replace(analysed, tensors={**analysed.tensors, "y": latent}), quality, "default", widest)
+        return symbols, _Rounding.of(symbols, rests)
+
+    def error_slope(coded: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
+        """Weighted error of a latent as in `Symbols`, and the direction in which it grows, in symbols."""
+        error, slope = model.error_slope(
+            widen(coded, len(gain)) * (inverse * np.float32(1 / prior.FINE)), analysed.pixels
+        )
+        slope *= weight * inverse
+        return weight * error, narrow(slope, len(coded) // 4)
+
+    def annealed(latent: NDArray[np.float32]) -> NDArray[np.float32]:
+        chance = np.random.default_rng(0)  # the same file every time
+        latent, mean, square = latent.copy(), np.zeros_like(latent), np.zeros_like(latent)
+        for turn in range(_ANNEALED):
+            symbols, rounding = once(latent)
+            temperature = _WARM * (_COLD / _WARM) ** (turn / (_ANNEALED - 1))
+            soft, grows = rounding.by_chance(model, temperature, chance)
+            _, slope = error_slope(symbols.latent + (soft - rounding.symbols) * np.float32(prior.FINE))
+            slope += rounding.rate_slope(model)
+            slope = widen(slope * grows, len(latent))
+            mean += (1 - _MOMENTUM) * (slope - mean)
+            square += (1 - _INERTIA) * (slope**2 - square)
+            length = _PACE * (0.5 + 0.5 * math.cos(math.pi * (turn + 0.5) / _ANNEALED))
+            length *= math.sqrt(1 - _INERTIA ** (turn + 1)) / (1 - _MOMENTUM ** (turn + 1))
+            latent -= np.float32(length) * mean / (np.sqrt(square) + np.float32(1e-3)) / gain
+        return latent
 
     def judge(latent: NDArray[np.float32]) -> tuple[float, Symbols, NDArray[np.float32]]:
         """The sum to make small, the symbols, and the direction in which it grows, in symbols."""
-        symbols, rests = _once(replace(analysed, tensors={**analysed.tensors, "y": latent}), quality, "default", widest)
-        coded = widen(symbols.latent, len(latent))
-        error, slope = model.error_slope(coded * (inverse * np.float32(1 / prior.FINE)), analysed.pixels)
-        slope *= weight * inverse
-        slope += widen(_rate_slope(symbols, rests, model), len(slope))
-        bits = sum(symbols.ideal_bits(model.tables).values())
-        return bits + weight * error, symbols, slope
+        symbols, rounding = once(latent)
+        error, slope = error_slope(symbols.latent)
+        slope += rounding.rate_slope(model)
+        return sum(symbols.ideal_bits(model.tables).values()) + error, symbols, widen(slope, len(latent))
 
-    latent, length = analysed.tensors["y"], 0.3
-    total, best, slope = judge(latent)
+    first = analysed.tensors["y"].astype(np.float32, copy=False)
+    unsearched, best, _ = judge(first)
+    latent, length = annealed(first), 0.3
+    total, symbols, slope = judge(latent)
+    if total < unsearched:
+        best = symbols
     for _ in range(_TURNS):
         # A squared step of a symbol is worth WORTH bits, half the curvature: `length` damps a Newton step.
         tried = latent - np.clip(slope * np.float32(length / (2 * WORTH)), -0.3, 0.3) / gain
         tried_total, symbols, tried_slope = judge(tried)
         if tried_total < total:
-            latent, total, best, slope = tried, tried_total, symbols, tried_slope
+            latent, total, slope = tried, tried_total, tried_slope
+            best = symbols if total < unsearched else best
             length *= 1.2
         else:
             length *= 0.4
     return best
 
 
-def _rate_slope(symbols: Symbols, rests: list[NDArray[np.float32]], model: Model) -> NDArray[np.float32]:
-    """How the bits of the latent's symbols grow with it, tables held: (c, h, w) bits for each step of a symbol."""
-    reach = 15
-    costs = model.costs(reach)
-    out = np.zeros(symbols.latent.shape, np.float32)
-    for step, ((_, part), rest) in enumerate(zip(symbols.parts[1:], rests, strict=True)):
-        tables = part.tables
-        below = np.clip(np.floor(rest), -reach, reach - 1).astype(np.intp) + reach
-        slope = np.clip(costs[tables, below + 1] - costs[tables, below], -15, 15)
-        slope[model.tables.sure_zero[tables] | (abs(rest) > reach)] = 0
-        prior.scatter(slope, out, step)
-    return out
+@dataclass(frozen=True)
+class _Rounding:
+    """What becomes of a latent's values less their means: rest, the symbols made of it, and their tables, each
+    (c, h, w), padded."""
+
+    rest: NDArray[np.float32]
+    symbols: NDArray[np.float32]
+    tables: NDArray[np.uint8]
+
+    @staticmethod
+    def of(symbols: Symbols, rests: list[NDArray[np.float32]]) -> _Rounding:
+        shape = symbols.latent.shape
+        made = _Rounding(np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, np.uint8))
+        for step, ((chosen, part), rest) in enumerate(zip(symbols.parts[1:], rests, strict=True)):
+            for values, whole in ((rest, made.rest), (chosen, made.symbols), (part.tables, made.tables)):
+                prior.scatter(values, whole, step)
+        return made
+
+    def rate_slope(self, model: Hyperprior) -> NDArray[np.float32]:
+        """How the bits of the symbols grow with the rest, tables held: bits for each step of a symbol."""
+        costs = model.costs(_REACH)
+        below = np.clip(np.floor(self.rest), -_REACH, _REACH - 1).astype(np.intp) + _REACH
+        slope: NDArray[np.float32] = np.clip(costs[self.tables, below + 1] - costs[self.tables, below], -15, 15)
+        slope[self._fixed(model)] = 0
+        return slope
+
+    def by_chance(
+        self, model: Hyperprior, temperature: float, chance: np.random.Generator
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The rest rounded up or down by chance, the nearer the likelier, and softly: a sample of the Gumbel-softmax
+        with the distances' hyperbolic arctangents, negative, as its logits. And how that grows with the rest."""
+        below = np.floor(self.rest)
+        part = np.clip(self.rest - below, 1e-3, 1 - 1e-3)
+        # atanh(part) - atanh(1 - part) in one logarithm.
+        lean = np.log((1 + part) * part / ((1 - part) * (2 - part)))
+        lean *= np.float32(0.5 / temperature)
+        uniform = np.clip(chance.random(lean.shape, np.float32), 1e-6, 1 - 1e-6)
+        lean += np.log(uniform / (1 - uniform))
+        up = 1 / (1 + np.exp(-np.clip(lean, -30, 30)))
+        steep = 1 / (1 + part) + 1 / part + 1 / (1 - part) + 1 / (2 - part)
+        grows = up * (1 - up) * steep * np.float32(0.5 / temperature)
+        fixed = self._fixed(model)
+        grows[fixed] = 0
+        return np.where(fixed, self.symbols, below + up), grows
+
+    def _fixed(self, model: Hyperprior) -> NDArray[np.bool_]:
+        """Where the search changes nothing: what is not coded, and what is so large that its bits are not known."""
+        fixed: NDArray[np.bool_] = model.tables.sure_zero[self.tables] | (abs(self.rest) > _REACH)
+        return fixed

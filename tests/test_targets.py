@@ -162,7 +162,7 @@ def test_unknown_effort_of_a_request(address: str, parrots: Path) -> None:
             stub.Encode(request)
 
 
-def test_best_is_no_larger_at_equal_quality(photo: Path, codec: Codec) -> None:
+def test_best_is_smaller_at_equal_quality(photo: Path, codec: Codec) -> None:
     """Bits and error of the three efforts, at one exchange rate: what is saved is worth more than what is lost."""
     picture = image.read(photo)[:256, :256]
     curves = {
@@ -174,4 +174,4 @@ def test_best_is_no_larger_at_equal_quality(photo: Path, codec: Codec) -> None:
     }
     columns = {effort: list(zip(*points, strict=True)) for effort, points in curves.items()}
     assert metrics.bd_rate(*columns["default"], *columns["fast"]) < 0.2
-    assert metrics.bd_rate(*columns["best"], *columns["default"]) < 0
+    assert metrics.bd_rate(*columns["best"], *columns["default"]) < -0.5

@@ -265,6 +265,52 @@ def test_centroids() -> None:
     assert torch.allclose(of_table, grad, atol=1e-5)
 
 
+def test_stillness() -> None:
+    """By how much less than the mean moves the symbols made of a logistic density move the other way."""
+    uniform = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    for level in (0, 6, 12, 20, 40):
+        scale = 2 ** (prior.LOWEST + level / prior.PER_OCTAVE) * math.sqrt(3) / math.pi
+        rest = scale * torch.logit(uniform)
+
+        def symbol(x: torch.Tensor) -> torch.Tensor:
+            return x.sign() * (x.abs() + 1 - prior.BORDER).floor()
+
+        moved = (symbol(rest + 0.01) - symbol(rest - 0.01)).mean() / 0.02
+        assert float(prior.stillness()[level]) == pytest.approx(1 - float(moved), abs=0.01)
+
+
+@pytest.mark.parametrize(("level", "share"), [(0, 0.99), (6, 0.9), (40, 0.0)])
+def test_means_learn_from_the_picture_where_symbols_are_0(level: int, share: float) -> None:
+    net = Hourglass(SHAPE).prior
+    for step in net.steps:
+        with torch.no_grad():
+            step.scale.weight.zero_()
+            step.scale.bias.fill_(prior.LOWEST + level / prior.PER_OCTAVE)
+            step.mean.bias.fill_(0.0)
+            step.mean.weight.zero_()
+    hats, gain = torch.eye(SHAPE.anchors)[:1], torch.ones(1, 1, 1, SHAPE.latent)
+    shape = (1, 4, 4, SHAPE.latent)
+    y_hat, _ = net(torch.full(shape, 0.1), gain, torch.zeros(1, 1, 1, SHAPE.hyper), hats, "settle")
+    y_hat.sum().backward()
+    biases = torch.cat([step.mean.bias.grad for step in net.steps])
+    assert float(biases.mean()) / 4 == pytest.approx(share, abs=0.02)  # each is added at four positions
+
+
+def test_a_step_without_a_finite_gradient_is_lost() -> None:
+    net = Hourglass(SHAPE)
+    for bad in (math.nan, math.inf):
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        net.synthesis.from_trunk.bias.grad[3] = bad  # type: ignore[index]
+        loop._clip(net, 1.0)
+        assert all(not parameter.grad.any() for parameter in net.parameters() if parameter.grad is not None)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    loop._clip(net, 2.0)
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in net.parameters() if p.grad is not None))
+    assert norm == pytest.approx(2, rel=1e-3)
+
+
 def test_rounding_passes_gradients() -> None:
     x = torch.tensor([0.4, 1.6, -7.0], requires_grad=True)
     y = prior.rounded(x, -2, 2)

@@ -404,7 +404,7 @@ def step(state: State, settings: Settings, pieces: Pieces) -> Tensor:
     state.optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     _share_gradients(state.net)
-    torch.nn.utils.clip_grad_norm_(state.net.parameters(), settings.clip)
+    _clip(state.net, settings.clip)
     state.optimiser.step()
     _average(state, settings)
     state.step += 1
@@ -421,6 +421,20 @@ def _share_gradients(net: Network) -> None:
     flat /= _world()
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):  # type: ignore[no-untyped-call]
         gradient.copy_(part.view_as(gradient))
+
+
+@torch.no_grad()
+def _clip(net: Network, largest: float) -> None:
+    """Scale the gradients to a norm of at most `largest`; where one is not finite, all become 0 and the step is lost.
+
+    All on the device: to look at the norm would make a GPU wait.
+    """
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    finite = torch.isfinite(norm)
+    torch._foreach_mul_(gradients, torch.where(finite, (largest / (norm + 1e-6)).clamp(max=1), 0))
+    for gradient in gradients:
+        gradient.masked_fill_(~finite, 0)
 
 
 @torch.no_grad()

@@ -99,7 +99,7 @@ class _Bytes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_step: Tensor, zero: int) -> Tensor:
-        x = x * (-log_step).exp()
+        x = x * (-log_step).exp().to(x.dtype)
         ctx.save_for_backward(x, log_step)
         ctx.zero = zero
         return x.round().clamp_(-zero, 255 - zero)
@@ -107,9 +107,10 @@ class _Bytes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, log_step = ctx.saved_tensors
-        grad = grad * ((x > -ctx.zero - 0.5) & (x < 255.5 - ctx.zero))
-        of_step = (grad * x).float().sum((0, 2, 3)).reshape(-1, 1, 1)
-        return grad * (-log_step).exp(), -(of_step if log_step.dim() else of_step.sum()), None
+        grad = torch.ops.aten.hardtanh_backward(grad, x, -ctx.zero - 0.5, 255.5 - ctx.zero)
+        places = (0, 2, 3) if log_step.dim() else (0, 1, 2, 3)
+        of_step = (grad * x).sum(places, dtype=log_step.dtype).reshape(log_step.shape)
+        return grad.mul_((-log_step).exp().to(x.dtype)), -of_step, None
 
 
 class BytewiseBlock(Block):

@@ -41,6 +41,9 @@ PER_OCTAVE = 6
 LOWEST = -3.25
 """Scale i of the ladder is 2**(LOWEST + i / PER_OCTAVE), 0.105 to 152 symbols."""
 
+BORDER = 0.6
+"""From where on, about, the encoder's default effort makes a symbol of 1 of what is left of the latent."""
+
 NEARER = 3
 """Magnitudes of symbols, from 1, that have a centre of their own at each level; larger ones share the last."""
 
@@ -103,14 +106,29 @@ class _Requantise(torch.autograd.Function):
         total = total if total.dtype == torch.float64 else total.float()  # bfloat16 in mixed precision
         out = (total + bias).mul_(factor)
         out = out.round_() if nearest else out.floor_()
-        ctx.save_for_backward((out >= low) & (out <= high), factor)
-        return out.clamp_(low, high)
+        ctx.save_for_backward(out, factor)
+        ctx.bounds = low - 0.5, high + 0.5
+        return out.clamp(low, high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        inside, factor = ctx.saved_tensors
-        grad = (grad * factor).mul_(inside)
+        out, factor = ctx.saved_tensors
+        grad = torch.ops.aten.hardtanh_backward(grad, out, *ctx.bounds).mul_(factor)
         return grad, grad.sum((0, 1, 2)), None, None, None, None
+
+
+class _Favoured(torch.autograd.Function):
+    """x as it is; its gradient times 1 + share."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(share)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (share,) = ctx.saved_tensors
+        return torch.addcmul(grad, grad, share), None
 
 
 class _Centred(torch.autograd.Function):
@@ -321,6 +339,17 @@ def bits_of(x: Tensor, level: Tensor) -> Tensor:
     return -torch.log2(p.clamp(min=1e-9))
 
 
+def stillness() -> Tensor:
+    """(LADDER,): how little symbols change with the mean, for each level of the ladder.
+
+    1 less the density, under the same logistic, at the borders between symbols: near 1 where nearly all are 0, and 0
+    where they are spread out, so that what the mean gains its symbol loses.
+    """
+    rate = torch.exp2((torch.arange(LADDER) / -PER_OCTAVE) + (math.log2(math.pi / math.sqrt(3)) - LOWEST))
+    borders = torch.sigmoid((torch.arange(2000)[:, None] + BORDER) * rate)
+    return (1 - 2 * (rate * borders * (1 - borders)).sum(0)).clamp(min=0)
+
+
 class Prior(nn.Module):
     """The whole prior, in integers. `log_unit` (C,): OCTAVE * log2 of each latent channel's deviation.
 
@@ -341,6 +370,8 @@ class Prior(nn.Module):
         self.spread2 = Depthwise(features, 3, HIDDEN, SIGNED_BYTE if bytewise else SIGNED)
         self.steps = nn.ModuleList(Step(latent, features, hidden, bytewise, step) for step in range(STEPS))
         self.nearer = nn.Parameter(torch.zeros(LADDER, NEARER)) if centred else None
+        self.register_buffer("still", stillness(), persistent=False)
+        self.still: Tensor
 
     def features(self, z_hat: Tensor, hats: Tensor) -> Tensor:
         """Hyper-synthesis: dequantised hyper-latent (B, h/4, w/4, Z), quality (B, anchors) -> (B, h, w, F)."""
@@ -367,6 +398,11 @@ class Prior(nn.Module):
                 noisy = bits_of(rest + torch.rand_like(rest) - 0.5, level.detach())
                 own = own + noisy - noisy.detach()
             bits = bits + own.sum((1, 2, 3))
+            if torch.is_grad_enabled():
+                # The straight-through gradient takes from the mean what it gives the symbol, but a 0 stays a 0: there
+                # the mean is all that the picture has, and can learn from it.
+                share = self.still[level.long()] * (symbols.detach().abs() < 0.5)
+                mean = _Favoured.apply(mean, share)  # type: ignore[no-untyped-call]
             parts.append(self.centred(symbols, level) + mean)
         return join(parts), bits
 

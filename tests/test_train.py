@@ -215,6 +215,21 @@ def test_gains_that_are_next_to_none_are_bounded(run: Path, tmp_path: Path) -> N
         assert changed == [[2, 5]]
 
 
+def test_gains_do_not_fall_without_end_in_training() -> None:
+    pieces, _ = load_pieces(list_training(IMAGES), 64, CPU).split(2)
+    state = loop.fresh(SETTINGS, SHAPE, pieces, CPU)
+    assert isinstance(state.net, Hourglass)
+    gains = state.net.gains.log_gain
+    with torch.no_grad():
+        gains[:, 5] = -60.0  # so low that the next step's gradient would be no number
+    state.step = SETTINGS.prior_steps
+    for _ in range(2):
+        loop.step(state, SETTINGS, pieces)
+    assert bool((gains >= state.net.least_gain()).all())
+    assert gains.grad is not None
+    assert float(gains.grad.abs().sum()) > 0  # the second step was not lost
+
+
 def test_prior_is_a_distribution() -> None:
     net = Hourglass(SHAPE)
     edges = torch.arange(-400.0, 401.0)[None, None, :, None].repeat(1, SHAPE.hyper, 1, 1)

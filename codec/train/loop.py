@@ -406,6 +406,8 @@ def step(state: State, settings: Settings, pieces: Pieces) -> Tensor:
     _share_gradients(state.net)
     _clip(state.net, settings.clip)
     state.optimiser.step()
+    if isinstance(state.net, Hourglass):
+        _hold_gains(state.net)
     _average(state, settings)
     state.step += 1
     return loss.detach()
@@ -435,6 +437,12 @@ def _clip(net: Network, largest: float) -> None:
     torch._foreach_mul_(gradients, torch.where(finite, (largest / (norm + 1e-6)).clamp(max=1), 0))
     for gradient in gradients:
         gradient.masked_fill_(~finite, 0)
+
+
+@torch.no_grad()
+def _hold_gains(net: Hourglass) -> None:
+    """The gain of a channel that a quality does not use goes on falling, until its gradient is no number any more."""
+    net.gains.log_gain.clamp_(min=net.least_gain())
 
 
 @torch.no_grad()

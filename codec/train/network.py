@@ -372,15 +372,17 @@ class Hourglass(nn.Module):
         )
         self.synthesis = Synthesis(self.shape)
 
+    def least_gain(self) -> Tensor:
+        """(latent,): the logarithm of the least gain of each channel that the prior's units hold."""
+        return (LEAST_UNIT * OCTAVE - self.prior.log_unit) * (math.log(2) / OCTAVE)
+
     @torch.no_grad()
     def bound_gains(self) -> None:
-        """Raise gains of the latent that are next to none, in place, to the least that the prior's units hold.
+        """Raise gains of the latent that are next to none, in place, to `least_gain`.
 
-        The gain of a channel that a quality does not use goes on falling in training. Its inverse falls by as much as
-        it rises, so that what the two make of a value together stays.
+        The inverse of such a gain falls by as much as it rises, so that what the two make of a value together stays.
         """
-        least = (LEAST_UNIT * OCTAVE - self.prior.log_unit) * (math.log(2) / OCTAVE)
-        rise = (least - self.gains.log_gain).clamp(min=0)
+        rise = (self.least_gain() - self.gains.log_gain).clamp(min=0)
         self.gains.log_gain.add_(rise)
         self.gains.log_inverse.sub_(rise)
 

@@ -33,7 +33,7 @@ from hourglass.codec.decoding import KINDS, Decoding, as_colour, metadata_of, un
 from hourglass.codec.errors import CodeError, InvalidArgument, LossWarning
 from hourglass.codec.image import ImageSource, Metadata, Picture, Pixels, seen
 from hourglass.codec.limits import Limits
-from hourglass.codec.quantise import Analysed, Effort, Symbols, quantise, widen
+from hourglass.codec.quantise import SEEN, Analysed, Effort, Symbols, quantise, widen
 from hourglass.codec.settings import (
     GOALS,
     Settings,
@@ -198,6 +198,8 @@ class Codec:
         codec, quality = self.suited(strips, settings), quality_of(settings)
         model = codec._model(codec.model)
         grid, halo = codec._grid(strips), model.halo * runtime.STRIDE
+        if settings.get("effort") == "best":
+            halo += SEEN
         if not strips.by_parts:
             rows = min(max(len(part) for part in self._bands(grid)) * grid.tile_height + 2 * halo, grid.height)
             self.limits.check_band(grid.width, grid.height, rows * grid.width * (1 if strips.grey else 3))
@@ -430,7 +432,8 @@ class Codec:
             def analyse(tile: Tile, own: runtime.Model, band: Band = band) -> _Result:
                 x, y = tile.x - band.x, tile.y - band.y
                 mine = band.pixels[y : y + tile.height, x : x + tile.width]
-                return work(own, Analysed(own, mine, own.analyse(band.pixels, x, y, tile.width, tile.height)))
+                tensors = own.analyse(band.pixels, x, y, tile.width, tile.height)
+                return work(own, Analysed(own, mine, tensors, band.pixels, x, y))
 
             yield self._crew(model, grid).each(band.tiles, analyse)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hourglass.codec import entropy, prior
 from hourglass.codec.prior import Part, quarters
-from hourglass.codec.runtime import Analysis, Hyperprior, Model
+from hourglass.codec.runtime import STRIDE, Analysis, Hyperprior, Model
 from hourglass.codec.watch import hop
 
 _Number = TypeVar("_Number", bound=np.generic)
@@ -54,17 +54,26 @@ _WARM, _COLD = 0.5, 0.25
 _PACE, _MOMENTUM, _INERTIA = 0.1, 0.9, 0.95
 """Of a step with rounding by chance: about how far it goes at first, in symbols, and the decays of Adam's averages."""
 
+SEEN = 64
+"""Pixels around a tile that `best` looks at: as far as the tile's latent reaches, and what else reaches there."""
+
 _REACH = 15
 """Magnitude of symbols up to which `best` knows their bits."""
 
 
 @dataclass(frozen=True)
 class Analysed:
-    """A tile (H, W, 3) or (H, W) uint8 and what the analysis transforms make of it; they know nothing of quality."""
+    """A tile (H, W, 3) or (H, W) uint8 and what the analysis transforms make of it; they know nothing of quality.
+
+    around: what the tile was cut from, by default nothing more than itself. x, y: where in there it begins.
+    """
 
     model: Model
     pixels: NDArray[np.uint8]
     tensors: Analysis
+    around: NDArray[np.uint8] | None = None
+    x: int = 0
+    y: int = 0
 
 
 @dataclass(frozen=True)
@@ -214,11 +223,11 @@ def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | N
         symbols, rests = _once(replace(analysed, tensors={**analysed.tensors, "y": latent}), quality, "default", widest)
         return symbols, _Rounding.of(symbols, rests)
 
+    scene = _Scene.of(analysed, model, gain * inverse)
+
     def error_slope(coded: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
         """Weighted error of a latent as in `Symbols`, and the direction in which it grows, in symbols."""
-        error, slope = model.error_slope(
-            widen(coded, len(gain)) * (inverse * np.float32(1 / prior.FINE)), analysed.pixels
-        )
+        error, slope = scene.error_slope(model, widen(coded, len(gain)) * (inverse * np.float32(1 / prior.FINE)))
         slope *= weight * inverse
         return weight * error, narrow(slope, len(coded) // 4)
 
@@ -263,6 +272,46 @@ def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | N
         else:
             length *= 0.4
     return best
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A tile with what lies around it, up to SEEN pixels: pixels (H, W, 3) or (H, W) uint8; their latent (C, h, w) as
+    the synthesis takes it; the tile's place in that; and which rows and columns of pixels the tile's latent reaches.
+
+    The tile alone would end in zeros where in the file its neighbours go on.
+    """
+
+    pixels: NDArray[np.uint8]
+    latent: NDArray[np.float32]
+    place: tuple[slice, slice]
+    reached: tuple[slice, slice]
+
+    @staticmethod
+    def of(analysed: Analysed, model: Hyperprior, factor: NDArray[np.float32]) -> _Scene:
+        """factor (C, 1, 1): gain times inverse gain. What lies around has the values that it has before rounding."""
+        around = analysed.pixels if analysed.around is None else analysed.around
+        places, reached, window = [], [], []
+        for begin, size, end in zip((analysed.y, analysed.x), analysed.pixels.shape[:2], around.shape[:2], strict=True):
+            first, last = max(begin - SEEN, 0), min(begin + size + SEEN, end)
+            halo = model.halo * STRIDE
+            window.append(slice(first, last))
+            reached.append(slice(max(begin - halo, first) - first, min(begin + size + halo, last) - first))
+            places.append(slice((begin - first) // STRIDE, (begin - first) // STRIDE - (-size // STRIDE)))
+        rows, columns = window
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        latent = model.analyse(around, columns.start, rows.start, width, height)["y"] * factor
+        return _Scene(around[rows, columns], latent, (places[0], places[1]), (reached[0], reached[1]))
+
+    def error_slope(self, model: Hyperprior, latent: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
+        """`Hyperprior.error_slope` of the tile's own latent (C, h, w), padded."""
+        rows, columns = self.place
+        own = np.s_[:, : rows.stop - rows.start, : columns.stop - columns.start]
+        self.latent[:, rows, columns] = latent[own]
+        error, slope = model.error_slope(self.latent, self.pixels, self.reached)
+        whole = np.zeros_like(latent)
+        whole[own] = slope[:, rows, columns]
+        return error, whole
 
 
 @dataclass(frozen=True)

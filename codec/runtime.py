@@ -417,17 +417,20 @@ class Hyperprior(Model):
         low, high = self._lambdas
         return float(low * (high / low) ** (quality / 100))
 
-    def error_slope(self, latent: NDArray[np.float32], pixels: NDArray[np.uint8]) -> tuple[float, NDArray[np.float32]]:
+    def error_slope(
+        self, latent: NDArray[np.float32], pixels: NDArray[np.uint8], counted: tuple[slice, slice] | None = None
+    ) -> tuple[float, NDArray[np.float32]]:
         """Squared error of what a latent (C, h, w) decodes to, summed over the samples of
         (H, W, 3) or (H, W) uint8, and its gradient.
 
         The picture is padded as for the analysis; the padding has no error, and positions behind it no gradient.
+        counted: rows and columns whose error counts, by default all.
         """
         image = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
         (height, width), edge = pixels.shape[:2], self.edge
         image = np.pad(image, ((0, -height % edge), (0, -width % edge), (0, 0)), mode="edge")
         inside = np.zeros((1, *image.shape[:2], 1), np.uint8)
-        inside[:, :height, :width] = 1
+        inside[0][counted or np.s_[:height, :width]] = 1
         seen = np.s_[:, : image.shape[0] // STRIDE, : image.shape[1] // STRIDE]
         inputs: dict[str, NDArray[Any]]
         inputs = {"latent": np.ascontiguousarray(latent[seen])[None], "image": image[None], "inside": inside}

@@ -256,6 +256,28 @@ def test_by_rows_is_as_in_memory(grey: bool, large: Picture, codec: Codec, tmp_p
         small.decode(out.getvalue())
 
 
+def small_tiles(codec: Codec, folder: Path) -> Path:
+    """A folder of models with the codec's own, whose tiles are 64 pixels a side here."""
+    zoo = folder / "zoo"
+    shutil.copytree(ZOO / codec.model, zoo / codec.model)
+    manifest = json.loads((zoo / codec.model / "manifest.json").read_text())
+    manifest["code"][2]["stride"] = 64
+    (zoo / codec.model / "manifest.json").write_text(json.dumps(manifest))
+    return zoo
+
+
+def test_best_by_rows_is_as_in_memory(codec: Codec, tmp_path: Path) -> None:
+    """The search looks at more of what is around a tile than the transforms do, and sees the same of it."""
+    small = Codec(zoo=small_tiles(codec, tmp_path), threads=1)
+    path = tmp_path / "column.ppm"
+    path.write_bytes(image.write(image.read(IMAGES / "parrots.png")[:, 300:380], "PPM"))
+    out = io.BytesIO()
+    with open_strips(path) or pytest.fail("no strips") as strips:
+        small.encode_strips(strips, out, quality=60, effort="best")
+    assert len(small.read_header(out.getvalue()).sections) == 16  # in four bands
+    assert out.getvalue() == small.encode(path, quality=60, effort="best")
+
+
 @pytest.mark.parametrize("suffix", ["tif", "png"])
 def test_a_very_wide_picture_by_parts_and_rows(suffix: str, codec: Codec, tmp_path: Path) -> None:
     """More tiles across than are worked on at a time: the same bytes and pixels as in memory, two rows of tiles."""
@@ -264,12 +286,7 @@ def test_a_very_wide_picture_by_parts_and_rows(suffix: str, codec: Codec, tmp_pa
     row = np.tile(image.read(IMAGES / "parrots.png")[:34], (1, 6, 1))
     path = tmp_path / f"wide.{suffix}"
     path.write_bytes(image.write(row, image.format_of(path)))
-    zoo = tmp_path / "zoo"
-    shutil.copytree(ZOO / codec.model, zoo / codec.model)
-    manifest = json.loads((zoo / codec.model / "manifest.json").read_text())
-    manifest["code"][2]["stride"] = 64  # 72 tiles across
-    (zoo / codec.model / "manifest.json").write_text(json.dumps(manifest))
-    small = Codec(zoo=zoo)
+    small = Codec(zoo=small_tiles(codec, tmp_path))  # 72 across
     tall = np.concatenate([row, row[::-1]])  # 68 rows: the second row of tiles has four
     path.write_bytes(image.write(tall, image.format_of(path)))
     out = io.BytesIO()

@@ -31,6 +31,19 @@ def rivals(kodak: dict[str, Any], others: dict[str, Any]) -> list[str]:
     return rows
 
 
+def effort(results: dict[str, Any]) -> list[str]:
+    kodak, others = results["folders"]
+    rival = "AVIF speed 6"
+    heads = ["effort", "encode, seconds a megapixel"]
+    heads += [f"{folder}, against {other}" for folder in ("Kodak", "other photographs") for other in ("default", rival)]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, seconds in results["seconds_a_megapixel"].items():
+        rates = [row["bd_rate_psnr"][name][against] for row in (kodak, others) for against in ("default", rival)]
+        cells = [f"{rate:+.1f} %" if rate else "" for rate in rates]
+        rows.append(f"| `{name}` | {seconds:.2g} | {' | '.join(cells)} |")
+    return rows
+
+
 def speed(results: dict[str, Any]) -> list[str]:
     names = ("Hourglass", "AVIF speed 6", "WebP method 6")
     rows = ["| picture | cores | encode | AVIF s6 | WebP m6 | decode | AVIF s6 | WebP m6 |"]
@@ -116,12 +129,14 @@ def digits_samples(results: dict[str, Any]) -> list[str]:
 
 def tables() -> dict[str, list[str]]:
     """The lines of each table."""
-    kodak, others, speeds, models, digits = (
-        json.loads((BENCH / f"{n}.json").read_text()) for n in ("rd", "rd-photos2", "speed", "family", "digits")
+    kodak, others, efforts, speeds, models, digits = (
+        json.loads((BENCH / f"{n}.json").read_text())
+        for n in ("rd", "rd-photos2", "effort", "speed", "family", "digits")
     )
     return {
         "quality": quality(kodak),
         "rivals": rivals(kodak, others),
+        "effort": effort(efforts),
         "speed": speed(speeds),
         "family": family(models),
         "noise": noise(models),

@@ -221,7 +221,7 @@ def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | N
 
     def once(latent: NDArray[np.float32]) -> tuple[Symbols, _Rounding]:
         symbols, rests = _once(replace(analysed, tensors={**analysed.tensors, "y": latent}), quality, "default", widest)
-        return symbols, _Rounding.of(symbols, rests)
+        return symbols, _Rounding.of(symbols, rests, model)
 
     scene = _Scene.of(analysed, model, gain * inverse)
 
@@ -237,7 +237,7 @@ def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | N
         for turn in range(_ANNEALED):
             symbols, rounding = once(latent)
             temperature = _WARM * (_COLD / _WARM) ** (turn / (_ANNEALED - 1))
-            soft, grows = rounding.by_chance(model, temperature, chance)
+            soft, grows = rounding.by_chance(temperature, chance)
             _, slope = error_slope(symbols.latent + (soft - rounding.symbols) * np.float32(prior.FINE))
             slope += rounding.rate_slope(model)
             slope = widen(slope * grows, len(latent))
@@ -256,22 +256,19 @@ def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | N
         return sum(symbols.ideal_bits(model.tables).values()) + error, symbols, widen(slope, len(latent))
 
     first = analysed.tensors["y"].astype(np.float32, copy=False)
-    unsearched, best, _ = judge(first)
+    unsearched, symbols, _ = judge(first)
     latent, length = annealed(first), 0.3
-    total, symbols, slope = judge(latent)
-    if total < unsearched:
-        best = symbols
+    total, best, slope = judge(latent)
     for _ in range(_TURNS):
         # A squared step of a symbol is worth WORTH bits, half the curvature: `length` damps a Newton step.
         tried = latent - np.clip(slope * np.float32(length / (2 * WORTH)), -0.3, 0.3) / gain
-        tried_total, symbols, tried_slope = judge(tried)
+        tried_total, tried_symbols, tried_slope = judge(tried)
         if tried_total < total:
-            latent, total, slope = tried, tried_total, tried_slope
-            best = symbols if total < unsearched else best
+            latent, total, best, slope = tried, tried_total, tried_symbols, tried_slope
             length *= 1.2
         else:
             length *= 0.4
-    return best
+    return best if total < unsearched else symbols
 
 
 @dataclass(frozen=True)
@@ -317,31 +314,35 @@ class _Scene:
 @dataclass(frozen=True)
 class _Rounding:
     """What becomes of a latent's values less their means: rest, the symbols made of it, and their tables, each
-    (c, h, w), padded."""
+    (c, h, w), padded.
+
+    fixed: where the search changes nothing: what is not coded, and what is so large that its bits are not known.
+    """
 
     rest: NDArray[np.float32]
     symbols: NDArray[np.float32]
     tables: NDArray[np.uint8]
+    fixed: NDArray[np.bool_]
 
     @staticmethod
-    def of(symbols: Symbols, rests: list[NDArray[np.float32]]) -> _Rounding:
+    def of(symbols: Symbols, rests: list[NDArray[np.float32]], model: Hyperprior) -> _Rounding:
         shape = symbols.latent.shape
-        made = _Rounding(np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, np.uint8))
-        for step, ((chosen, part), rest) in enumerate(zip(symbols.parts[1:], rests, strict=True)):
-            for values, whole in ((rest, made.rest), (chosen, made.symbols), (part.tables, made.tables)):
-                prior.scatter(values, whole, step)
-        return made
+        rest, whole, tables = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, np.uint8)
+        for step, ((chosen, part), left) in enumerate(zip(symbols.parts[1:], rests, strict=True)):
+            for values, into in ((left, rest), (chosen, whole), (part.tables, tables)):
+                prior.scatter(values, into, step)
+        return _Rounding(rest, whole, tables, model.tables.sure_zero[tables] | (abs(rest) > _REACH))
 
     def rate_slope(self, model: Hyperprior) -> NDArray[np.float32]:
         """How the bits of the symbols grow with the rest, tables held: bits for each step of a symbol."""
         costs = model.costs(_REACH)
         below = np.clip(np.floor(self.rest), -_REACH, _REACH - 1).astype(np.intp) + _REACH
         slope: NDArray[np.float32] = np.clip(costs[self.tables, below + 1] - costs[self.tables, below], -15, 15)
-        slope[self._fixed(model)] = 0
+        slope[self.fixed] = 0
         return slope
 
     def by_chance(
-        self, model: Hyperprior, temperature: float, chance: np.random.Generator
+        self, temperature: float, chance: np.random.Generator
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The rest rounded up or down by chance, the nearer the likelier, and softly: a sample of the Gumbel-softmax
         with the distances' hyperbolic arctangents, negative, as its logits. And how that grows with the rest."""
@@ -355,11 +356,5 @@ class _Rounding:
         up = 1 / (1 + np.exp(-np.clip(lean, -30, 30)))
         steep = 1 / (1 + part) + 1 / part + 1 / (1 - part) + 1 / (2 - part)
         grows = up * (1 - up) * steep * np.float32(0.5 / temperature)
-        fixed = self._fixed(model)
-        grows[fixed] = 0
-        return np.where(fixed, self.symbols, below + up), grows
-
-    def _fixed(self, model: Hyperprior) -> NDArray[np.bool_]:
-        """Where the search changes nothing: what is not coded, and what is so large that its bits are not known."""
-        fixed: NDArray[np.bool_] = model.tables.sure_zero[self.tables] | (abs(self.rest) > _REACH)
-        return fixed
+        grows[self.fixed] = 0
+        return np.where(self.fixed, self.symbols, below + up), grows

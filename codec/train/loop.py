@@ -431,12 +431,10 @@ def _clip(net: Network, largest: float) -> None:
 
     All on the device: to look at the norm would make a GPU wait.
     """
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    finite = torch.isfinite(norm)
-    torch._foreach_mul_(gradients, torch.where(finite, (largest / (norm + 1e-6)).clamp(max=1), 0))
-    for gradient in gradients:
-        gradient.masked_fill_(~finite, 0)
+    lost = ~torch.isfinite(torch.nn.utils.clip_grad_norm_(net.parameters(), largest))
+    for parameter in net.parameters():
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(lost, 0)
 
 
 @torch.no_grad()

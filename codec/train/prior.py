@@ -333,10 +333,15 @@ def bits_of(x: Tensor, level: Tensor) -> Tensor:
 
     The tables of a shipped model are counted per level and know its true shape.
     """
-    rate = torch.exp2(level * (-1 / PER_OCTAVE) + (math.log2(math.pi / math.sqrt(3)) - LOWEST))
+    rate = _steepness(level)
     x = x.abs()
     p = torch.sigmoid((0.5 - x) * rate) - torch.sigmoid((-0.5 - x) * rate)
     return -torch.log2(p.clamp(min=1e-9))
+
+
+def _steepness(level: Tensor) -> Tensor:
+    """1 / s of the logistic density whose deviation is the scale at a level of the ladder."""
+    return torch.exp2(level * (-1 / PER_OCTAVE) + (math.log2(math.pi / math.sqrt(3)) - LOWEST))
 
 
 def stillness() -> Tensor:
@@ -345,7 +350,7 @@ def stillness() -> Tensor:
     1 less the density, under the same logistic, at the borders between symbols: near 1 where nearly all are 0, and 0
     where they are spread out, so that what the mean gains its symbol loses.
     """
-    rate = torch.exp2((torch.arange(LADDER) / -PER_OCTAVE) + (math.log2(math.pi / math.sqrt(3)) - LOWEST))
+    rate = _steepness(torch.arange(LADDER))
     borders = torch.sigmoid((torch.arange(2000)[:, None] + BORDER) * rate)
     return (1 - 2 * (rate * borders * (1 - borders)).sum(0)).clamp(min=0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +11,7 @@ import torch
 
 from hourglass.codec import errors, image, runtime
 from hourglass.codec.train import export as exporting
-from hourglass.codec.train import loop
+from hourglass.codec.train import loop, run_command
 from hourglass.codec.train.classic import SHAPES, Kind
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.network import Shape
@@ -183,8 +182,4 @@ def export(
 
 
 if __name__ == "__main__":
-    try:
-        main(standalone_mode=True)
-    except errors.HourglassError as exc:
-        click.echo(f"error: {exc}", err=True)
-        sys.exit(1)
+    run_command(main)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +47,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass.codec import errors, image
+from hourglass.codec.train import run_command
 from hourglass.codec.train.blocks import (
     AveragePooling,
     AverageUnpooling,
@@ -512,8 +512,4 @@ def main(out: Path, steps: int, networks: int, draws: int, labels: tuple[int, ..
 
 
 if __name__ == "__main__":
-    try:
-        main(standalone_mode=True)
-    except errors.HourglassError as exc:
-        click.echo(f"error: {exc}", err=True)
-        sys.exit(1)
+    run_command(main)

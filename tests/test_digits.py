@@ -63,6 +63,10 @@ def test_labels_are_drawn_evenly(data: Digits) -> None:
     for count in (19, 1297):
         with pytest.raises(errors.InvalidArgument, match=f"{count} labels; expected 20 to 1287"):
             data.drawn(count, 0)
+    said: list[str] = []
+    with pytest.raises(errors.InvalidArgument, match="3 labels; expected 20 to 1287"):
+        digits.measure(digits.Settings(labels=(50, 3)), said.append)
+    assert not said  # before any training
 
 
 def test_decoder_mirrors_encoder() -> None:

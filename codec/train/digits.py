@@ -446,6 +446,8 @@ def _spread(values: list[float]) -> dict[str, float]:
 def measure(settings: Settings, say: Say) -> tuple[dict[str, Any], dict[str, NDArray[np.uint8]]]:
     """Everything, from scratch: the results as they stand in JSON, and the figures (H, W) by their names."""
     digits = load()
+    for count in settings.labels:
+        digits.drawn(count, 0)  # wrong numbers are found before the minute that training takes
     networks: dict[str, list[Autoencoder]] = {}
     for name, cost in USES.items():
         networks[name] = []

@@ -109,7 +109,7 @@ def test_kill_reload_and_drain_under_load(started: Callable[..., Process], tmp_p
         probe_listen="127.0.0.1:0",
         models=tmp_path / "models",
         token_file=tokens,
-        grace_seconds=60,
+        grace_seconds=600,  # far longer than the calls take, on any machine
         queue_seconds=60,  # for machines that do other things too
     )
     small = image.write(image.read(parrots)[:128, :128], "PNG")
@@ -185,7 +185,7 @@ def _terminate(server: Process, parrots: Path) -> None:
     """Calls in flight at SIGTERM end well, later ones are UNAVAILABLE, watchers hear of it, status 0."""
     metadata = [("authorization", "Bearer the-first-token-there-is")]
     # Long enough to be in flight for sure.
-    picture = image.write(image.read(parrots)[:512, :512], "PNG")
+    picture = image.write(image.read(parrots)[:320, :320], "PNG")
     request = pb.EncodeRequest(image_file=picture, effort=pb.EFFORT_BEST)
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
     channels = [grpc.insecure_channel(server.address, options) for _ in range(6)]
@@ -197,7 +197,6 @@ def _terminate(server: Process, parrots: Path) -> None:
     _wait_until(lambda: server.metrics()["hourglass_inside"] == 0)  # what was before is over
     calls = [stub.Encode.future(request, metadata=metadata) for stub in stubs]
     _wait_until(lambda: server.metrics()["hourglass_inside"] >= 3)  # a sample; some may be done
-    began = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     server.wait_for("stopping")
     assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -205,8 +204,8 @@ def _terminate(server: Process, parrots: Path) -> None:
         stubs[0].Encode(request, metadata=metadata)
     assert caught.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
     assert all(call.result().file for call in calls)
-    assert server.process.wait(60) == 0
-    assert time.monotonic() - began < 30  # watchers and idle connections do not hold it for all of the grace
+    # The calls take what the machine needs. Then watchers and idle connections do not hold it for all of the grace.
+    assert server.process.wait(30) == 0
     for channel in channels:
         channel.close()
 

@@ -206,7 +206,7 @@ def test_decoder_works_on_bytes_as_in_training() -> None:
     assert of_floats != pytest.approx(of_bytes, rel=1e-4)
     assert np.abs(decoded - wanted).mean() < 0.5
     operators = [node.op_type for node in onnx.load(MODEL / "decoder.onnx").graph.node]
-    assert operators.count("QLinearConv") == operators.count("MatMulInteger") == net.shape.synthesis_blocks[0]
+    assert operators.count("QLinearConv") == operators.count("MatMulIntegerToFloat") == net.shape.synthesis_blocks[0]
 
 
 def _changed(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:

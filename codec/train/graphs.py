@@ -108,8 +108,18 @@ class DecoderGraph(nn.Module):
             self.from_rest.weight.copy_(255 * self.from_rest.weight.reshape(192, 4, -1, 1, 1)[order].flatten(0, 1))
 
     def forward(self, core: Tensor, rest: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
-        d = self.from_trunk(self.overlap(self.fine(_doubled(self.from_latent(self.coarse(core))))))
-        return _picture(d, F.pixel_shuffle(self.from_rest(rest), 2)[:, :, :rest_end, :rest_end], keep, 8)
+        t, wanted = _doubled(self.from_latent(self.coarse(core))), 2 * keep
+        for number, block in enumerate(cast("Iterable[Any]", self.fine)):
+            seen = block.depthwise(t)
+            if number == len(self.fine) // 2:
+                # From here on without what the wanted positions look at no more. Once: it moves the floats of t.
+                ends = torch.tensor([1, -1, 1, -1]) * (number - len(self.fine))
+                kept = (wanted + ends).clamp(min=0)
+                t, seen = _part(t, kept), _part(seen, kept)
+                wanted = wanted - torch.stack([kept[0], kept[0], kept[2], kept[2]])
+            t = t + block.project(F.silu(block.expand(seen)))
+        d = self.from_trunk(_part(self.overlap(t), wanted))
+        return _picture(d + _linear(self.from_rest(rest), rest_end, keep), 8)
 
 
 class ReducedGraph(nn.Module):
@@ -160,8 +170,8 @@ class ReducedGraph(nn.Module):
         return out
 
     def forward(self, core: Tensor, rest: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
-        linear = F.pixel_shuffle(self.from_rest(rest), 2)[:, :, :rest_end, :rest_end]
-        return _picture(self.filtered(self.features(core)), linear, keep, self.side)
+        d = _part(self.filtered(self.features(core)), 2 * keep)
+        return _picture(d + _linear(self.from_rest(rest), rest_end, keep), self.side)
 
     @torch.no_grad()
     def fit(self, net: Hourglass, latents: Iterable[Tensor]) -> None:
@@ -196,10 +206,21 @@ def _by_row(side: int) -> Tensor:
     return torch.arange(3 * side**2).reshape(3, -1).T.flatten()
 
 
-def _picture(d: Tensor, linear: Tensor, keep: Tensor, side: int) -> Tensor:
-    """Two parts, (1, 3 side^2, 2 h, 2 w) and of that shape or 1x1, channels `_by_row` -> (1, H, W, 3) uint8."""
-    keep = 2 * keep
-    d = (d + linear)[:, :, keep[0] : keep[1], keep[2] : keep[3]].clamp(0, 255).to(torch.uint8)
+def _part(x: Tensor, ends: Tensor) -> Tensor:
+    """The rows ends[0] to ends[1] (exclusive) and columns ends[2] to ends[3] of (B, C, h, w)."""
+    return x[:, :, ends[0] : ends[1], ends[2] : ends[3]]
+
+
+def _linear(x: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
+    """What stands beside the blocks, (1, 4 C, h, w) -> (1, C, 2 h', 2 w') of the positions in `keep`; or, where h and w
+    and `rest_end` are 1, (1, C, 1, 1)."""
+    ends = torch.minimum(2 * keep, rest_end - torch.tensor([1, 0, 1, 0]))
+    return _part(F.pixel_shuffle(x, 2), ends)
+
+
+def _picture(d: Tensor, side: int) -> Tensor:
+    """(1, 3 side^2, h, w), channels `_by_row` -> (1, side h, side w, 3) uint8."""
+    d = d.clamp(0, 255).to(torch.uint8)
     _, _, h, w = d.shape
     rows = d.permute(0, 2, 1, 3).reshape(side * h, 3 * side, w)
     return rows.permute(0, 2, 1).reshape(1, side * h, side * w, 3)
@@ -729,11 +750,25 @@ def _take_branches(graph: onnx.GraphProto, index: dict[str, int]) -> None:
     graph.node.extend(nodes)
 
 
+def _in_standard_operators(graph: onnx.GraphProto) -> None:
+    """In place; of the same products and shapes: the inference of shapes knows no operators of onnxruntime's own."""
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "MatMulIntegerToFloat":
+            sums = f"{node.name}.sums"
+            nodes.append(helper.make_node("MatMulInteger", node.input[:2], [sums], name=node.name))
+            node = helper.make_node("Cast", [sums], node.output, to=TensorProto.FLOAT)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def _macs(model: onnx.ModelProto, channels: int = 0) -> dict[str, float]:
     side = 256
     strides = {"image": 1, "latent": 16, "core": 16, "rest": 16, "known": 16, "features_before": 16, "z": 64}
     fixed = {"keep": np.array([0, side // 16] * 2), "rest_end": np.array(1 << 31)}
     graph = model.graph
+    _in_standard_operators(graph)
     for entry in list(graph.input):
         if entry.name in fixed:
             graph.initializer.append(numpy_helper.from_array(fixed[entry.name], entry.name))

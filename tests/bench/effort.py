@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
+from head import head
 from rd import RIVALS, bd, mean_curve, measure, measured
 from tqdm import tqdm
 
@@ -77,9 +77,7 @@ def main() -> None:
     coder.encode(image.read(list_pictures(options.folders[0])[0]), effort="best")  # the models are loaded
     timed = list_pictures(options.folders[0])[:TIMED]
     results = {
-        "model": coder.model,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.system()} {platform.machine()}, {usable_cores()} cores",
+        **head(coder.model),
         "seconds_a_megapixel": {effort: seconds_a_megapixel(timed, coder, effort) for effort in EFFORTS},
         "folders": [folder_row(folder, options.every, coder) for folder in options.folders],
     }

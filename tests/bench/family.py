@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from head import head
 from PIL import Image, ImageDraw
 from rd import Pixels, bd, jpeg, mean_curve, measured, pillow
 from tqdm import tqdm
@@ -162,11 +160,9 @@ def main() -> None:
     shown = [model for model in colour if not model.endswith("-denoise")]
     figure(shown, next((p for p in paths if options.photo and options.photo in p.name), paths[0]), options.figure)
     results = {
+        **head(),
         "folder": options.folder.name,
         "pictures": len(paths),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {runtime.usable_cores()} cores",
-        "version": version("hourglass-codec"),
         "models": {model: of_model(model, paths) for model in models},
         "noise": noise(colour, paths),
     }

@@ -11,7 +11,6 @@ run. With --widths only memory and time by width and format, at quality 100, whi
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from head import head
 from robust import run
 
 from hourglass.codec import Codec, image, strips
@@ -114,8 +114,7 @@ def main() -> None:
         make(small, tile, 4000, 3000)
         make(large, tile, given.width, given.height)
         results = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "model": Codec().model,
+            **head(Codec().model),
             "12 MP": measure(small, folder),
             "large": measure(large, folder),
         }

@@ -24,7 +24,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import random
 import signal
 import statistics
@@ -44,6 +43,7 @@ import grpc.aio
 import numpy as np
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from head import head
 
 from hourglass.client import AsyncClient
 from hourglass.codec import Codec, errors, image
@@ -414,8 +414,7 @@ def main() -> None:
     )
     bench = Bench(files, broken, options.seconds, flags)
     results: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.system()} {platform.machine()}, {usable_cores()} cores",
+        **head(),
         "flags": flags,
         "load_average_before": round(os.getloadavg()[0], 2),
     }

@@ -15,16 +15,14 @@ import bisect
 import io
 import itertools
 import json
-import platform
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from head import head
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -207,12 +205,9 @@ def main() -> None:
     for name, (rival, qualities) in RIVALS.items():
         curves[name] = mean_curve(measure(paths, rival, qualities, name))
     results: dict[str, Any] = {
-        "model": options.model,
+        **head(options.model),
         "folder": options.folder.name,
         "pictures": len(paths),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.system()} {platform.machine()}, {usable_cores()} cores",
-        "versions": {name: version(name) for name in ("pillow", "onnxruntime", "constriction", "numpy")},
         "effort": options.effort,
         "curves": curves,
         "real_to_ideal": {

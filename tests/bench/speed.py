@@ -13,18 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from head import head
 from PIL import Image
 
 from hourglass.codec import Codec, image
@@ -177,10 +176,7 @@ def main() -> None:
             }
             print(f"compress-image, {name}, new process:", {k: round(v, 2) for k, v in memory[name].items()})
     results = {
-        "model": DEFAULT_MODEL,
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {name: version(name) for name in ("pillow", "onnxruntime", "constriction", "numpy")},
+        **head(DEFAULT_MODEL),
         "rows": rows,
         "command": memory,
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hourglass.codec.train.network import BytewiseBlock, row_factor
 
-OF_RUNTIME = "com.microsoft"
+_OF_RUNTIME = "com.microsoft"
 """onnxruntime's own operators."""
 
 _GATE = 1 / 256
@@ -32,7 +32,7 @@ def convert(path: Path, blocks: Mapping[str, BytewiseBlock]) -> None:
     for name, block in blocks.items():
         _Rewriter(model.graph, name).rewrite(block)
     if blocks:
-        model.opset_import.append(helper.make_opsetid(OF_RUNTIME, 1))
+        model.opset_import.append(helper.make_opsetid(_OF_RUNTIME, 1))
     onnx.checker.check_model(model)
     onnx.save(model, path)
 
@@ -106,13 +106,13 @@ class _Rewriter(Nodes):
         else:
             self.add("DequantizeLinear", active, *self._unit(step["active"], zeros["active"]), name=result)
 
-        unused = {name for node in gone for name in node.input}
+        names, unused = {node.name for node in gone}, {name for node in gone for name in node.input}
         tensors = [tensor for tensor in self.graph.initializer if tensor.name not in unused]
         nodes = []
         for node in self.graph.node:
             if node.name == expand.name:
                 nodes += self.nodes[behind_cast:]
-            if node.name not in {node.name for node in gone}:
+            if node.name not in names:
                 nodes.append(node)
             if node.name == depthwise.name:
                 nodes += self.nodes[:behind_cast]
@@ -141,9 +141,9 @@ class _Rewriter(Nodes):
         last = self.add("Transpose", x, perm=[0, 2, 3, 1])
         weight = self.constant(np.ascontiguousarray(integers[:, :, 0, 0].T))
         one, none = self._unit(1.0, zero)
-        # MatMulInteger, Cast, Mul and Add in one: three passes over the floats less, a twentieth of decoding's time.
+        # MatMulInteger, Cast, Mul and Add in one: three passes over the floats less, a twentieth of synthesis's time.
         inputs = (last, weight, one, self.constant(factor), none, "", self.constant(bias))
-        sums = self.add("MatMulIntegerToFloat", *inputs, name=f"{self.name}.project", domain=OF_RUNTIME)
+        sums = self.add("MatMulIntegerToFloat", *inputs, name=f"{self.name}.project", domain=_OF_RUNTIME)
         self.add("Transpose", sums, name=result, perm=[0, 3, 1, 2])
 
     def _unit(self, step: float | Tensor, zero: int) -> tuple[str, str]:

@@ -5,7 +5,7 @@ cost more than the error that they mend move towards zero (rate-distortion optim
 the latent itself goes downhill on rate + lambda * squared error of the decoded picture, with the gradient of the
 synthesis transform from gradient.onnx: first with rounding by chance, less and less of it (Yang, Bamler and Mandt,
 "Improving inference for neural image compression", 2020, section 3.2), then with the rounding that counts, step by
-step, as long as the sum falls.
+step, as long as the sum falls. In the end single symbols move up or down by one where that promises most.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _Number = TypeVar("_Number", bound=np.generic)
 Effort: TypeAlias = Literal["fast", "default", "best"]
 """How hard the encoder looks for the smallest file; the decoder neither knows nor cares."""
 
-WORTH, HYPER_WORTH = 22.0, 4.0
+WORTH, HYPER_WORTH = 18.0, 4.0
 """Bits that one squared step of error in a symbol of the latent, of the hyper-latent is worth; measured, see
 train/NOTES.md."""
 
@@ -41,18 +41,23 @@ alone that only the largest width codes, which take a third of the time to decod
 _RARE = 9.0
 """Bits that a symbol takes in a channel where almost all are 0."""
 
-_DEARER = 1.4
+_DEARER = 1.3
 """What an error saved costs in bits where one quality goes over into the next, for each bit that it costs the model's
-lambda: 1.2 to 1.5, measured. `best` looks for gains along that curve, not for another place on it."""
+lambda: 1.1 to 1.5, measured. `best` looks for gains along that curve, not for another place on it."""
 
-_ANNEALED, _TURNS = 30, 10
-"""Steps of `best` with rounding by chance, and behind them without."""
+_ANNEALED, _TURNS, _MOVES = 30, 10, 20
+"""Steps of `best` with rounding by chance, behind them without, and of symbols that move by one."""
 
 _WARM, _COLD = 0.5, 0.25
 """Temperature of the rounding by chance at first and in the end."""
 
-_PACE, _MOMENTUM, _INERTIA = 0.1, 0.9, 0.95
-"""Of a step with rounding by chance: about how far it goes at first, in symbols, and the decays of Adam's averages."""
+_PACE, _MOMENTUM, _INERTIA, _SLIGHT = 0.1, 0.8, 0.9, 5.0
+"""Of a step with rounding by chance: about how far it goes at first, in symbols, the decays of Adam's averages, and the
+slope, in bits for each step of a symbol, below which it goes less far."""
+
+_MENDED, _PROMISE, _SHARE = 8.0, 0.5, 0.5
+"""Bits that one squared step of a symbol is worth in the decoded picture, measured; bits that moving a symbol by one
+has to promise, and the share of the symbols that do which move at first."""
 
 SEEN = 64
 """Pixels around a tile that `best` looks at: as far as the tile's latent reaches, and what else reaches there."""
@@ -245,30 +250,42 @@ def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | N
             square += (1 - _INERTIA) * (slope**2 - square)
             length = _PACE * (0.5 + 0.5 * math.cos(math.pi * (turn + 0.5) / _ANNEALED))
             length *= math.sqrt(1 - _INERTIA ** (turn + 1)) / (1 - _MOMENTUM ** (turn + 1))
-            latent -= np.float32(length) * mean / (np.sqrt(square) + np.float32(1e-3)) / gain
+            latent -= np.float32(length) * mean / (np.sqrt(square) + np.float32(_SLIGHT)) / gain
         return latent
 
-    def judge(latent: NDArray[np.float32]) -> tuple[float, Symbols, NDArray[np.float32]]:
-        """The sum to make small, the symbols, and the direction in which it grows, in symbols."""
+    def judge(latent: NDArray[np.float32]) -> _Judged:
         symbols, rounding = once(latent)
         error, slope = error_slope(symbols.latent)
-        slope += rounding.rate_slope(model)
-        return sum(symbols.ideal_bits(model.tables).values()) + error, symbols, widen(slope, len(latent))
+        return _Judged(latent, sum(symbols.ideal_bits(model.tables).values()) + error, symbols, rounding, slope)
 
     first = analysed.tensors["y"].astype(np.float32, copy=False)
-    unsearched, symbols, _ = judge(first)
-    latent, length = annealed(first), 0.3
-    total, best, slope = judge(latent)
+    unsearched, best = judge(first), judge(annealed(first))
+    length = 0.3
     for _ in range(_TURNS):
         # A squared step of a symbol is worth WORTH bits, half the curvature: `length` damps a Newton step.
-        tried = latent - np.clip(slope * np.float32(length / (2 * WORTH)), -0.3, 0.3) / gain
-        tried_total, tried_symbols, tried_slope = judge(tried)
-        if tried_total < total:
-            latent, total, best, slope = tried, tried_total, tried_symbols, tried_slope
-            length *= 1.2
-        else:
-            length *= 0.4
-    return best if total < unsearched else symbols
+        slope = widen(best.slope + best.rounding.rate_slope(model), len(gain))
+        tried = judge(best.latent - np.clip(slope * np.float32(length / (2 * WORTH)), -0.3, 0.3) / gain)
+        better = tried.total < best.total
+        best, length = (tried, length * 1.2) if better else (best, length * 0.4)
+    share = _SHARE
+    for _ in range(_MOVES):
+        # Each promises to pay by itself; of too many at once some undo each other.
+        tried = judge(best.latent + widen(best.rounding.moves(best.slope, model, share), len(gain)) / gain)
+        better = tried.total < best.total
+        best, share = (tried, min(share * 1.2, 1.0)) if better else (best, share * 0.5)
+    return min(best, unsearched, key=lambda judged: judged.total).symbols
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A latent (C, h, w), what becomes of it, the sum to make small in bits, and how its error grows with the coded
+    symbols (c, h, w), in bits for each step."""
+
+    latent: NDArray[np.float32]
+    total: float
+    symbols: Symbols
+    rounding: _Rounding
+    slope: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -340,6 +357,23 @@ class _Rounding:
         slope: NDArray[np.float32] = np.clip(costs[self.tables, below + 1] - costs[self.tables, below], -15, 15)
         slope[self.fixed] = 0
         return slope
+
+    def moves(self, slope: NDArray[np.float32], model: Hyperprior, share: float) -> NDArray[np.float32]:
+        """What to add to the rest for single symbols to become larger or smaller by one: of those that would save bits
+        and error, tables held, the given share that would save the most. slope: how the error grows with the symbols.
+        """
+        costs = model.costs(_REACH + 1)
+        at = np.clip(self.symbols, -_REACH, _REACH).astype(np.intp) + _REACH + 1
+        now = costs[self.tables, at]
+        up = costs[self.tables, at + 1] - now + slope
+        down = costs[self.tables, at - 1] - now - slope
+        change = np.minimum(up, down) + np.float32(_MENDED)
+        change[self.fixed] = 0
+        chosen = change < -_PROMISE
+        if chosen.any():
+            chosen &= change <= np.quantile(change[chosen], share)
+        step = np.where(up < down, np.float32(1), np.float32(-1))
+        return np.where(chosen, self.symbols + step - self.rest, np.float32(0))
 
     def by_chance(
         self, temperature: float, chance: np.random.Generator

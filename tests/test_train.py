@@ -24,7 +24,6 @@ from hourglass.codec.train.blocks import squared_error
 from hourglass.codec.train.classic import SHAPES, Classic, start_linear
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.export import LARGE, average, export, halve, load_checkpoint
-from hourglass.codec.train.graphs import in_floats
 from hourglass.codec.train.network import BytewiseBlock, Hourglass, Shape, start_from_pca, start_rest, unweave, weave
 
 IMAGES = Path(__file__).parent / "images"
@@ -414,8 +413,8 @@ def test_exported_centroids(net: Hourglass, zoo: Path) -> None:
 
 
 def test_gradient_graph_is_the_gradient(net: Hourglass, zoo: Path) -> None:
-    """The written-out backward pass, against PyTorch's own, both in floats."""
-    net = in_floats(net)
+    """The written-out backward pass, against PyTorch's own, both with bytes rounded and clipped as they are decoded."""
+    assert any(isinstance(block, BytewiseBlock) for block in net.modules())
     picture = image.read(IMAGES / "motocross.png")[:64, :128]
     x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
     latent = net.analysis(x / 255).detach().requires_grad_(True)

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import onnx
@@ -28,7 +28,7 @@ from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
 from hourglass.codec.train.bytewise import Nodes, convert
 from hourglass.codec.train.classic import Classic
-from hourglass.codec.train.network import Block, BytewiseBlock, Hourglass, Shape, unweave, weave
+from hourglass.codec.train.network import Block, BytewiseBlock, Hourglass, Shape, unweave, weave, whole
 from hourglass.codec.train.prior import (
     BYTE,
     HYPER,
@@ -278,7 +278,8 @@ class GradientGraph(nn.Module):
 
     The error is summed over the samples where `inside` (1, 16 h, 16 w, 1) is 1 and not 0, on the 0..255 scale; the
     gradient has the shape of the latent. The backward pass is written out: a graph of ordinary operators, for a search
-    on the encoder's side without PyTorch.
+    on the encoder's side without PyTorch. Bytes are rounded and clipped as in decoder.onnx, or the error would be that
+    of another picture; the gradient is that of training, which passes the rounding and stops at the clip.
     """
 
     def __init__(self, net: Hourglass) -> None:
@@ -288,14 +289,14 @@ class GradientGraph(nn.Module):
     def forward(self, latent: Tensor, image: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         net = self.synthesis
         core, rest = unweave(latent, net.core)
-        x, inner = core, []  # what each SiLU took
+        x, inner = core, []  # how each block's projection takes it back
         for block in net.coarse:
-            x, before = self._through(block, x)
-            inner.append(before)
+            x, back = self._through(block, x)
+            inner.append(back)
         x = F.pixel_shuffle(net.from_latent(x), 2)
         for block in net.fine:
-            x, before = self._through(block, x)
-            inner.append(before)
+            x, back = self._through(block, x)
+            inner.append(back)
         decoded = (net.from_trunk(net.overlap(x)) + F.pixel_shuffle(net.from_rest(rest), 2)) * 255
         _, _, h, w = decoded.shape
         wanted, counted = (
@@ -308,24 +309,59 @@ class GradientGraph(nn.Module):
         of_rest = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_rest.weight)
         g = F.conv_transpose2d(g, net.from_trunk.weight)
         g = F.conv_transpose2d(g, net.overlap.weight, padding=1, groups=len(net.overlap.weight))
-        for block in reversed(net.fine):
-            g = self._back(block, g, inner.pop())
+        for _ in net.fine:
+            g = self._back(inner.pop(), g)
         g = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_latent.weight)
-        for block in reversed(net.coarse):
-            g = self._back(block, g, inner.pop())
+        for _ in net.coarse:
+            g = self._back(inner.pop(), g)
         return error.square().sum(), weave(g, of_rest)
 
     @staticmethod
-    def _through(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        before = block.expand(block.depthwise(x))
-        return x + block.project(F.silu(before)), before
+    def _through(block: nn.Module, x: Tensor) -> tuple[Tensor, _Back]:
+        assert isinstance(block, Block)
+        if not isinstance(block, BytewiseBlock):
+            inside = block.expand(block.depthwise(x))
+            back = _Back(block, block.expand.weight, block.project.weight, torch.ones(()), _silu_slope(inside))
+            return x + block.project(F.silu(inside)), back
+        steps = {name: step.exp() for name, step in block.log_steps.items()}
+
+        def clipped(name: str, value: Tensor) -> tuple[Tensor, Tensor]:
+            """In whole steps, and 1 where it was not clipped."""
+            low, high = -block.zeros[name], 255 - block.zeros[name]
+            value = value / steps[name]
+            return value.round().clamp(low, high), ((value > low - 0.5) & (value < high + 0.5)).float()
+
+        expand, project = whole(block.expand.weight * steps["before"]), whole(block.project.weight * steps["active"])
+        before, of_before = clipped("before", block.depthwise(x))
+        inside, of_inside = clipped("inside", F.conv2d(before, expand, block.expand.bias))
+        inside = inside * steps["inside"]
+        active, of_active = clipped("active", F.silu(inside))
+        inner = of_inside * of_active * _silu_slope(inside) / steps["active"]
+        back = _Back(block, expand, project, of_before / steps["before"], inner)
+        return x + F.conv2d(active, project, block.project.bias), back
 
     @staticmethod
-    def _back(block: Any, g: Tensor, before: Tensor) -> Tensor:
-        s = before.sigmoid()
-        inside = F.conv_transpose2d(g, block.project.weight) * (s + before * s * (1 - s))
-        inside = F.conv_transpose2d(inside, block.expand.weight)
-        return g + F.conv_transpose2d(inside, block.depthwise.weight, padding=1, groups=len(block.depthwise.weight))
+    def _back(back: _Back, g: Tensor) -> Tensor:
+        inside = F.conv_transpose2d(g, back.project) * back.inner
+        before = F.conv_transpose2d(inside, back.expand) * back.outer
+        depthwise = back.block.depthwise.weight
+        return g + F.conv_transpose2d(before, depthwise, padding=1, groups=len(depthwise))
+
+
+class _Back(NamedTuple):
+    """What the way back through a block needs: weights of its 1x1 layers, and what the gradient is multiplied by behind
+    the first and behind the second."""
+
+    block: Block
+    expand: Tensor
+    project: Tensor
+    outer: Tensor
+    inner: Tensor
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    s = x.sigmoid()
+    return s + x * s * (1 - s)
 
 
 def widths(shape: Shape) -> list[int]:
@@ -341,8 +377,14 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
     """
     image, latent = torch.zeros(1, 64, 128, 3, dtype=torch.uint8), torch.zeros(1, net.shape.latent, 4, 8)
     pixels, positions = {1: "height", 2: "width"}, {2: "rows", 3: "columns"}
-    whole = {"keep": torch.tensor([0, 4, 0, 8])}
-    _trace(EncoderGraph(net), {"image": image} | whole, folder / "encoder.onnx", {"image": pixels}, ["latent", "hyper"])
+    full = {"keep": torch.tensor([0, 4, 0, 8])}
+    _trace(
+        EncoderGraph(net),
+        {"image": image} | full,
+        folder / "encoder.onnx",
+        {"image": pixels},
+        ["latent", "hyper"],
+    )
     core, rest = unweave(latent, net.shape.core)
     parts = {"core": core, "rest": rest, "rest_end": torch.tensor(1 << 31)}
     ends = {"core": positions, "rest": {2: "rest_rows", 3: "rest_columns"}}
@@ -352,13 +394,13 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
         reduced.fit(net, samples)
         decoders[f"reduced-{scale}.onnx"] = reduced
     for name, graph in decoders.items():
-        _trace(in_floats(graph), parts | whole, folder / name, ends, ["image"])
+        _trace(in_floats(graph), parts | full, folder / name, ends, ["image"])
         convert(
             folder / name, {path: block for path, block in graph.named_modules() if isinstance(block, BytewiseBlock)}
         )
     both = {"latent": latent, "image": image, "inside": image[..., :1]}
     free = {"latent": positions, "image": pixels, "inside": pixels}
-    _trace(GradientGraph(in_floats(net)), both, folder / "gradient.onnx", free, ["error", "slope"])
+    _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
     onnx.save(prior(net.prior, widths(net.shape)), folder / "prior.onnx")
 
 
@@ -366,7 +408,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def in_floats(net: _Module) -> _Module:
-    """A copy that works on floats throughout: what is traced, and what gradients are of."""
+    """A copy that works on floats throughout: what is traced before `convert` makes bytes of it."""
     net = copy.deepcopy(net)
     for block in net.modules():
         if isinstance(block, BytewiseBlock):
@@ -379,11 +421,11 @@ def write_classic(net: Classic, folder: Path) -> None:
     located = net.shape.kind == "maxpool"
     image = torch.zeros(1, 64, 128, net.shape.colours, dtype=torch.uint8)
     latent = torch.zeros(1, net.shape.latent * (2 if located else 1), 4, 8)
-    whole = {"keep": torch.tensor([0, 4, 0, 8])}
+    full = {"keep": torch.tensor([0, 4, 0, 8])}
     pixels, positions = {"image": {1: "height", 2: "width"}}, {"latent": {2: "rows", 3: "columns"}}
     outputs = ["latent", "locations"] if located else ["latent"]
-    _trace(ClassicEncoderGraph(net), {"image": image} | whole, folder / "encoder.onnx", pixels, outputs)
-    _trace(ClassicDecoderGraph(net), {"latent": latent} | whole, folder / "decoder.onnx", positions, ["image"])
+    _trace(ClassicEncoderGraph(net), {"image": image} | full, folder / "encoder.onnx", pixels, outputs)
+    _trace(ClassicDecoderGraph(net), {"latent": latent} | full, folder / "decoder.onnx", positions, ["image"])
 
 
 def _trace(

@@ -172,7 +172,7 @@ def test_best_knows_what_is_beside_a_tile(parrots: Path, codec: Codec) -> None:
         ]
         for effort in ("default", "best")
     )
-    assert metrics.bd_rate(*zip(*best, strict=True), *zip(*default, strict=True)) < -1
+    assert metrics.bd_rate(*zip(*best, strict=True), *zip(*default, strict=True)) < -2
 
 
 def test_best_is_smaller_at_equal_quality(photo: Path, codec: Codec) -> None:
@@ -187,4 +187,4 @@ def test_best_is_smaller_at_equal_quality(photo: Path, codec: Codec) -> None:
     }
     columns = {effort: list(zip(*points, strict=True)) for effort, points in curves.items()}
     assert metrics.bd_rate(*columns["default"], *columns["fast"]) < 0.2
-    assert metrics.bd_rate(*columns["best"], *columns["default"]) < -0.5
+    assert metrics.bd_rate(*columns["best"], *columns["default"]) < -1.5

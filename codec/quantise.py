@@ -270,7 +270,10 @@ def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | N
     share = _SHARE
     for _ in range(_MOVES):
         # Each promises to pay by itself; of too many at once some undo each other.
-        tried = judge(best.latent + widen(best.rounding.moves(best.slope, model, share), len(gain)) / gain)
+        moves = best.rounding.moves(best.slope, model, share)
+        if not moves.any():
+            break
+        tried = judge(best.latent + widen(moves, len(gain)) / gain)
         better = tried.total < best.total
         best, share = (tried, min(share * 1.2, 1.0)) if better else (best, share * 0.5)
     return min(best, unsearched, key=lambda judged: judged.total).symbols

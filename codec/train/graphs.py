@@ -289,14 +289,14 @@ class GradientGraph(nn.Module):
     def forward(self, latent: Tensor, image: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         net = self.synthesis
         core, rest = unweave(latent, net.core)
-        x, inner = core, []  # how each block's projection takes it back
+        x, passed = core, []  # what the way back needs
         for block in net.coarse:
             x, back = self._through(block, x)
-            inner.append(back)
+            passed.append(back)
         x = F.pixel_shuffle(net.from_latent(x), 2)
         for block in net.fine:
             x, back = self._through(block, x)
-            inner.append(back)
+            passed.append(back)
         decoded = (net.from_trunk(net.overlap(x)) + F.pixel_shuffle(net.from_rest(rest), 2)) * 255
         _, _, h, w = decoded.shape
         wanted, counted = (
@@ -310,10 +310,10 @@ class GradientGraph(nn.Module):
         g = F.conv_transpose2d(g, net.from_trunk.weight)
         g = F.conv_transpose2d(g, net.overlap.weight, padding=1, groups=len(net.overlap.weight))
         for _ in net.fine:
-            g = self._back(inner.pop(), g)
+            g = self._back(passed.pop(), g)
         g = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_latent.weight)
         for _ in net.coarse:
-            g = self._back(inner.pop(), g)
+            g = self._back(passed.pop(), g)
         return error.square().sum(), weave(g, of_rest)
 
     @staticmethod
@@ -378,13 +378,7 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
     image, latent = torch.zeros(1, 64, 128, 3, dtype=torch.uint8), torch.zeros(1, net.shape.latent, 4, 8)
     pixels, positions = {1: "height", 2: "width"}, {2: "rows", 3: "columns"}
     full = {"keep": torch.tensor([0, 4, 0, 8])}
-    _trace(
-        EncoderGraph(net),
-        {"image": image} | full,
-        folder / "encoder.onnx",
-        {"image": pixels},
-        ["latent", "hyper"],
-    )
+    _trace(EncoderGraph(net), {"image": image} | full, folder / "encoder.onnx", {"image": pixels}, ["latent", "hyper"])
     core, rest = unweave(latent, net.shape.core)
     parts = {"core": core, "rest": rest, "rest_end": torch.tensor(1 << 31)}
     ends = {"core": positions, "rest": {2: "rest_rows", 3: "rest_columns"}}

@@ -118,20 +118,20 @@ def dequantise(
     model: Model,
     quality: float,
     latent: NDArray[np.float32] | NDArray[np.int16],
-    core: NDArray[np.float32],
-    rest: NDArray[np.float32] | None,
+    core: NDArray[np.float32] | None = None,
+    rest: NDArray[np.float32] | None = None,
 ) -> None:
     """Write what a part (c, h, w) of a `Symbols.latent` stands for, before synthesis, into zeros.
 
-    core (C', h, w), rest (C - C', h, w): the model's channels; rest may be None where c is no larger than C'.
+    core (C', h, w), rest (C - C', h, w): the model's channels, where they are wanted.
     """
     unit = (model.inverse_gain(quality) * np.float32(1 / prior.FINE)).reshape(4, -1, 1, 1)
-    coded, first = quarters(latent), quarters(core)
-    count = min(coded.shape[1], first.shape[1])
-    np.multiply(coded[:, :count], unit[:, :count], out=first[:, :count])
-    if rest is not None and coded.shape[1] > count:
-        more = coded.shape[1] - count
-        np.multiply(coded[:, count:], unit[:, count : count + more], out=quarters(rest)[:, :more])
+    coded = quarters(latent)
+    first = min(coded.shape[1], model.core)
+    if core is not None:
+        np.multiply(coded[:, :first], unit[:, :first], out=quarters(core)[:, :first])
+    if rest is not None and (more := coded.shape[1] - first):
+        np.multiply(coded[:, first:], unit[:, first : first + more], out=quarters(rest)[:, :more])
 
 
 def narrow(whole: NDArray[_Number], count: int) -> NDArray[_Number]:

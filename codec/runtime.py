@@ -105,8 +105,8 @@ class Units:
 class Patch:
     """Dequantised latents of a rectangle and of what lies around it, and which of them are the rectangle's.
 
-    core (1, c, h, w) float32. rest (1, r, h, w) float32, or (1, r, 1, 1) where it is all zero. keep: first and last
-    row, first and last column (exclusive).
+    core (1, c, h, w) float32. rest (1, r, h, w) float32, or of the rectangle alone where the model's `lone_rest`, or
+    (1, r, 1, 1) where it is all zero. keep: first and last row, first and last column (exclusive).
     """
 
     core: NDArray[np.float32]
@@ -150,6 +150,7 @@ class Model:
     pictures are padded to multiples of it. edge: the same for what the transforms see; behind that they see zeros, as
     behind the crops of training. halo: positions around a tile that the transforms look at. reach: positions of the
     latent beyond its own that a pixel depends on. core: channels of each quarter that every tile's synthesis gets.
+    lone_rest: whether it gets the others of the positions that are wanted alone, on which nothing around depends.
     colours: channels of the pictures, 3, or 1 for a model of grey ones. grey: id of the model for grey pictures,
     or None.
 
@@ -164,6 +165,7 @@ class Model:
     edge: int = STRIDE
     reach: int
     core: int
+    lone_rest = False
     widths: tuple[int, ...]
 
     def __init__(self, model_id: str, folder: Path, manifest: dict[str, Any], threads: int) -> None:
@@ -314,6 +316,7 @@ class Hyperprior(Model):
         self.edge = int(manifest.get("edge", PADDING))
         network = manifest["network"]
         self.core = int(network["core"]) // 4
+        self.lone_rest = bool(manifest.get("lone_rest", False))
         # 3x3 filters, one in each block at 1/16 and 1/8 resolution, and one more.
         fine, coarse = network["synthesis_blocks"]
         self.reach = int(coarse) + (int(fine) + 2) // 2
@@ -447,9 +450,10 @@ class Hyperprior(Model):
         inputs: dict[str, NDArray[Any]] = {
             "core": patch.core,
             "rest": patch.rest,
-            "rest_end": np.array(1 if patch.rest.shape[2:] == (1, 1) else 1 << 31, np.int64),
             "keep": np.array(patch.keep, np.int64),
         }
+        if not self.lone_rest:
+            inputs["rest_end"] = np.array(1 if patch.rest.shape[2:] == (1, 1) else 1 << 31, np.int64)
         (pixels,) = self._run("decoder.onnx" if scale == 1 else f"reduced-{scale}.onnx", inputs)
         decoded: NDArray[np.uint8] = pixels[0]
         return decoded

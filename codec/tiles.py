@@ -143,17 +143,21 @@ def patch(
         if number in pieces
     ]
     core = np.zeros((1, 4 * model.core, height, width), np.float32)
-    all_zero = all(model.widths[piece.width] <= model.core for _, _, piece in around)
-    others = (1, max(model.latent.channels - 4 * model.core, 0))
-    rest = np.zeros((*others, 1, 1) if all_zero else (*others, height, width), np.float32)
     for down, across, piece in around:
         # Where this piece lies in the patch.
         y, x = down * tall + piece.top - top, across * wide - left
         latent = piece.latent[:, max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
         y, x = max(y, 0), max(x, 0)
-        place = np.s_[0, :, y : y + latent.shape[1], x : x + latent.shape[2]]
         if latent.size:
-            dequantise(model, quality, latent, core[place], None if all_zero else rest[place])
+            dequantise(model, quality, latent, core[0, :, y : y + latent.shape[1], x : x + latent.shape[2]])
+    # Of what stands beside the core no position looks at another.
+    own, others = pieces[tile.number], max(model.latent.channels - 4 * model.core, 0)
+    if model.widths[own.width] <= model.core:
+        rest = np.zeros((1, others, 1, 1), np.float32)
+    else:
+        rest = np.zeros((1, others, *((y1 - y0, x1 - x0) if model.lone_rest else (height, width))), np.float32)
+        wanted = rest if model.lone_rest else rest[:, :, y0 - top : y1 - top, x0 - left : x1 - left]
+        dequantise(model, quality, own.latent[:, y0:y1, x0:x1], rest=wanted[0])
     return runtime.Patch(core, rest, (y0 - top, y1 - top, x0 - left, x1 - left))
 
 

@@ -24,7 +24,17 @@ from hourglass.codec.train.blocks import squared_error
 from hourglass.codec.train.classic import SHAPES, Classic, start_linear
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.export import LARGE, average, export, halve, load_checkpoint
-from hourglass.codec.train.network import BytewiseBlock, Hourglass, Shape, start_from_pca, start_rest, unweave, weave
+from hourglass.codec.train.network import (
+    LEAST_LOG_STEP,
+    BytewiseBlock,
+    Hourglass,
+    Shape,
+    hats,
+    start_from_pca,
+    start_rest,
+    unweave,
+    weave,
+)
 
 IMAGES = Path(__file__).parent / "images"
 SHAPE = Shape(
@@ -138,6 +148,32 @@ def test_a_wider_network_starts_as_the_narrow_one(run: Path) -> None:
     assert torch.allclose(*core, atol=1e-5)
     assert 0.95 * float(bits) < float(wider_bits) < 2 * float(bits)
     assert float((b - x).square().mean()) < 1.05 * float((a - x).square().mean())
+
+
+def test_gains_start_where_an_error_is_worth_as_much(run: Path, tmp_path: Path) -> None:
+    """A network for other lambdas does at each of them what the one that it starts from did, and beyond goes on."""
+    narrow, _ = load_checkpoint(run / "checkpoint.pt")
+    assert isinstance(narrow, Hourglass)
+    with torch.no_grad():
+        for gains in (narrow.gains, narrow.hyper_gains):
+            gains.log_gain += torch.linspace(0, 1, 11)[:, None] ** 2
+    values = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(values | {"ema": narrow.state_dict()}, tmp_path / "weights.pt")
+    low, high = SHAPE.lambda_low, SHAPE.lambda_high
+    shape = replace(SHAPE, lambda_low=low * 3, lambda_high=high * 2)
+    pieces = load_pieces(list_training(IMAGES), 64, CPU)
+    wide = loop.fresh(SETTINGS, shape, pieces, CPU, tmp_path / "weights.pt").net
+    assert isinstance(wide, Hourglass)
+    x = pieces.pixels[:1, :64, :64].permute(0, 3, 1, 2).float() / 255
+    for anchor in (0, 4, 8):  # between anchors what is linear is so over other stretches
+        quality = torch.tensor([10.0 * anchor])
+        same = 100 * torch.log(wide.weight_of_error(quality) / low) / math.log(high / low)
+        ours, theirs = (net.gains(hats(q, 11))[0] for net, q in ((wide, quality), (narrow, same)))
+        assert torch.allclose(ours, theirs, rtol=1e-4)
+        ours, theirs = (net(x, q, "round")[1] for net, q in ((wide, quality), (narrow, same)))
+        assert float(ours.detach()) == pytest.approx(float(theirs), rel=0.01)
+    steps = narrow.gains.log_gain.diff(dim=0)[-1] * (math.log(2) / math.log(high / low) * 10)
+    assert torch.allclose(wide.gains.log_gain[-1], narrow.gains.log_gain[-1] + steps, atol=1e-4)
 
 
 def test_average(run: Path, tmp_path: Path) -> None:
@@ -429,15 +465,20 @@ def test_bytes_of_a_block() -> None:
     """What fits is off by half a step at most; what does not is clipped and has no gradient; the step has that of what
     the rounding and the clip do to the value."""
     torch.manual_seed(3)
-    block = BytewiseBlock(4, 6)
+    seen = torch.nn.Parameter(torch.full((4, 1, 1), LEAST_LOG_STEP))
+    block, next_one = BytewiseBlock(4, 6, seen), BytewiseBlock(4, 6, seen)
     with torch.no_grad():
         for parameter in (block.project.weight, block.project.bias):
             parameter.normal_()
         x = torch.randn(2, 4, 5, 7)
-        exact = block.fit_steps(x)
-        block.plain = True
-        assert torch.equal(block(x), exact)
-        block.plain = False
+        exact = block.fit_steps(x, ["seen"])
+        assert torch.allclose(seen.exp().flatten() * 127, x.abs().amax((0, 2, 3)))
+        assert not block.log_steps["before"].any()
+        next_one.fit_steps(x * torch.tensor([2.0, 0.5, 1, 1])[:, None, None], ["seen"])  # both just hold theirs
+        expected = x.abs().amax((0, 2, 3)) * torch.tensor([2.0, 1, 1, 1])
+        assert torch.allclose(block.log_steps["seen"].exp().flatten() * 127, expected)
+        assert torch.equal(exact, x + block.project(F.silu(block.expand(block.depthwise(x)))))
+        block.fit_steps(x, ["before", "inside", "active"])
         assert 0 < float((block(x) - exact).abs().max()) < 0.1 * float((exact - x).abs().max())
         block.log_steps["active"].fill_(math.log(0.01))
     values = torch.tensor([-0.701, -0.5062, 0.004, 1.2349, 1.912, 2.5]).reshape(1, 6, 1, 1).requires_grad_(True)

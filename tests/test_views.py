@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hourglass.client import Client
 from hourglass.codec import Codec, Limits, Metadata, Picture, View, container, errors, image, metrics, quantise
-from hourglass.codec.runtime import ZOO
+from hourglass.codec.runtime import ZOO, Hyperprior, Patch
 from hourglass.codec.strips import open_strips
 
 COMMAND = str(Path(sys.executable).with_name("compress-image"))
@@ -364,3 +364,26 @@ def test_a_large_picture_by_the_command_in_little_memory(parrots: Path, tmp_path
     assert (tmp_path / "b.ppm").stat().st_size == (tmp_path / "a.ppm").stat().st_size
     header = container.read_header(tmp_path / "a.hgc")
     assert (header.width, header.height) == (12_000, 2048)
+
+
+def test_only_tiles_that_have_channels_beside_the_core_work_on_them(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The neighbour of a busy tile is decoded as beside any other."""
+    busy = np.random.default_rng(4).integers(0, 256, (320, 448, 3), np.uint8)
+    flat = np.full_like(busy, 128)
+    data = codec.encode(np.concatenate([flat, busy, flat], 1), quality=95)
+    shapes = []
+    synthesise = Hyperprior.synthesise
+
+    def watched(self: Hyperprior, patch: Patch, scale: int = 1) -> NDArray[np.uint8]:
+        shapes.append(patch.rest.shape[2:])
+        return synthesise(self, patch, scale)
+
+    monkeypatch.setattr(Hyperprior, "synthesise", watched)
+    codec.decode(data)
+    assert len(shapes) == 3
+    assert shapes[0] == shapes[2] == (1, 1) != shapes[1]
+    shapes.clear()
+    codec.decode(data, region=(0, 0, 448, 320))
+    assert shapes == [(1, 1)]

@@ -195,6 +195,7 @@ def _facts(net: Hourglass, folder: Path) -> dict[str, Any]:
         ],
         "halo": HALO,
         "edge": STRIDE,
+        "lone_rest": True,
         "widths": graphs.widths(net.shape),
         "exactness": exactness.bounds((folder / "prior.onnx").read_bytes()),
     }

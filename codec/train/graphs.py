@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import onnx
@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from hourglass.codec.prior import STEPS
 from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
-from hourglass.codec.train.bytewise import Nodes, convert
 from hourglass.codec.train.classic import Classic
+from hourglass.codec.train.decoders import OPSET, Nodes, Reduced, by_row, decoder, reduced
 from hourglass.codec.train.network import Block, BytewiseBlock, Hourglass, Shape, unweave, weave, whole
 from hourglass.codec.train.prior import (
     BYTE,
@@ -35,6 +35,7 @@ from hourglass.codec.train.prior import (
     KNOWN,
     LADDER,
     PER_OCTAVE,
+    WEIGHT,
     Bytewise,
     Depthwise,
     IntegerLayer,
@@ -42,13 +43,10 @@ from hourglass.codec.train.prior import (
     Range,
 )
 
-_OPSET = 18
 _INT16 = 32767
 _PART = (1, "channels", "half_height", "half_width")
 _FEATURES = (1, "features", "features_rows", "features_columns")
 _ZERO = 128  # the byte that stands for 0 in a signed one
-_FEW = 16  # outputs that onnxruntime computes at a time, as fast as fewer
-_KEPT = {4: 1, 8: 2}  # at 1/8 a pixel is the mean of a block, which training makes exact: it takes two to match that
 
 
 class EncoderGraph(nn.Module):
@@ -66,7 +64,7 @@ class EncoderGraph(nn.Module):
         self.to_latent, self.to_rest = _halving(analysis.to_latent), _halving(analysis.to_rest)
         self.narrow, self.blocks = copy.deepcopy(hyper.narrow), hyper.blocks
         self.to_half, self.to_quarter = _halving(hyper.to_half), _halving(hyper.to_quarter)
-        order = _by_row(8)
+        order = by_row(8)
         with torch.no_grad():
             for layer in (self.to_trunk, self.to_rest):  # samples stay 0..255: one pass over the picture less
                 layer.weight.copy_(layer.weight[:, order] / 255)
@@ -87,145 +85,6 @@ def _whole(first: Tensor, end: Tensor) -> Tensor:
     return (first + torch.arange(cast("int", count))).clamp(max=end - 1)
 
 
-class DecoderGraph(nn.Module):
-    """Dequantised latents -> image (1, H, W, 3) uint8 of the positions in `keep`.
-
-    core (1, c, h, w) float32. rest (1, r, h, w) float32 with rest_end () int64 any large number; or, where it is all
-    zero, zeros (1, r, 1, 1) with rest_end 1, which saves its work. keep (4,) int64: first and last row, first and last
-    column (exclusive) of the positions that are wanted, 16x16 pixels each.
-    """
-
-    def __init__(self, net: Hourglass) -> None:
-        super().__init__()
-        synthesis, order = net.synthesis, _by_row(8)
-        self.coarse, self.from_latent = synthesis.coarse, synthesis.from_latent
-        self.fine, self.overlap = synthesis.fine, synthesis.overlap
-        self.from_trunk, self.from_rest = copy.deepcopy(synthesis.from_trunk), copy.deepcopy(synthesis.from_rest)
-        with torch.no_grad():
-            assert self.from_trunk.bias is not None
-            self.from_trunk.weight.copy_(255 * self.from_trunk.weight[order])
-            self.from_trunk.bias.copy_(255 * self.from_trunk.bias[order] + 0.5)  # a cast truncates
-            self.from_rest.weight.copy_(255 * self.from_rest.weight.reshape(192, 4, -1, 1, 1)[order].flatten(0, 1))
-
-    def forward(self, core: Tensor, rest: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
-        t, wanted = _doubled(self.from_latent(self.coarse(core))), 2 * keep
-        for number, block in enumerate(cast("Iterable[Any]", self.fine)):
-            seen = block.depthwise(t)
-            if number == len(self.fine) // 2:
-                # From here on without what the wanted positions look at no more. Once: it moves the floats of t.
-                ends = torch.tensor([1, -1, 1, -1]) * (number - len(self.fine))
-                kept = (wanted + ends).clamp(min=0)
-                t, seen = _part(t, kept), _part(seen, kept)
-                wanted = wanted - torch.stack([kept[0], kept[0], kept[2], kept[2]])
-            t = t + block.project(F.silu(block.expand(seen)))
-        d = self.from_trunk(_part(self.overlap(t), wanted))
-        return _picture(d + _linear(self.from_rest(rest), rest_end, keep), 8)
-
-
-class ReducedGraph(nn.Module):
-    """What DecoderGraph takes -> image (1, H / scale, W / scale, 3) uint8, without the work for the details.
-
-    Of the blocks at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them `fit` puts
-    one linear 3x3 filter; with few outputs it also does what the last of these would do behind its SiLU, which is
-    linear too.
-    """
-
-    def __init__(self, net: Hourglass, scale: int) -> None:
-        super().__init__()
-        self.coarse, self.from_latent = net.synthesis.coarse, net.synthesis.from_latent
-        kept = [block for block in net.synthesis.fine if isinstance(block, Block)][: _KEPT.get(scale, 0)]
-        self.scale, self.side = scale, 8 // scale  # pixels that a position at 1/8 resolution has a side
-        samples = 3 * self.side**2
-        self.last = kept.pop() if kept and samples < _FEW else None
-        self.fine = nn.Sequential(*kept)
-        inputs = net.shape.trunk + (self.last.expand.out_channels if self.last else 0)
-        self.head = nn.Conv2d(inputs, samples, 3)
-        rest = net.synthesis.from_rest.weight.reshape(3, self.side, scale, self.side, scale, 4, -1).mean((2, 4))
-        self.from_rest = nn.Conv2d(rest.shape[-1], 4 * samples, 1, bias=False)
-        rest = rest.flatten(0, 2)[_by_row(self.side)]
-        self.from_rest.weight = nn.Parameter(255 * rest.reshape(4 * samples, -1, 1, 1))
-
-    def features(self, core: Tensor) -> Tensor:
-        """core (1, c, h, w) -> what the filter takes (1, t, 2 h, 2 w); beyond it, it sees the edge again."""
-        t: Tensor = self.fine(_doubled(self.from_latent(self.coarse(core))))
-        if self.last:
-            t = torch.cat([t, self.last.active(t)], 1)
-        return t
-
-    def filtered(self, t: Tensor) -> Tensor:
-        """The filter. With few outputs it is a 1x1 layer with those of all its nine places, moved there and summed.
-
-        onnxruntime computes sixteen outputs at a time, as fast as fewer: at 1/8 a pixel has three.
-        """
-        samples, inputs = self.head.weight.shape[:2]
-        if samples >= _FEW:
-            out: Tensor = self.head(_bordered(t))
-            return out
-        places = _bordered(F.conv2d(t, self.head.weight.permute(2, 3, 0, 1).reshape(9 * samples, inputs, 1, 1)))
-        moved = (slice(None, -2), slice(1, -1), slice(2, None))
-        assert self.head.bias is not None
-        out = self.head.bias[:, None, None]
-        for k, part in enumerate(places.split(samples, 1)):  # type: ignore[no-untyped-call]
-            out = out + part[:, :, moved[k // 3], moved[k % 3]]
-        return out
-
-    def forward(self, core: Tensor, rest: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
-        d = _part(self.filtered(self.features(core)), 2 * keep)
-        return _picture(d + _linear(self.from_rest(rest), rest_end, keep), self.side)
-
-    @torch.no_grad()
-    def fit(self, net: Hourglass, latents: Iterable[Tensor]) -> None:
-        """Make the filter the one with the least squared error from the means of what `net` makes of dequantised
-        latents, each (1, C, h, w)."""
-        inputs = 9 * self.head.in_channels + 1
-        squares, products = torch.zeros(inputs, inputs).double(), torch.zeros(inputs, len(self.head.weight)).double()
-        for latent in latents:
-            core, _ = unweave(latent, net.shape.core)
-            wanted = F.avg_pool2d(F.pixel_shuffle(net.synthesis.core_to_depth(core), 8), self.scale)
-            b = F.pixel_unshuffle(wanted, self.side)[0][_by_row(self.side)].flatten(1).double()
-            a = F.unfold(_bordered(self.features(core)), 3)[0].double()
-            a = torch.cat([a, torch.ones_like(a[:1])])
-            squares += a @ a.T
-            products += a @ b.T
-        squares += torch.eye(inputs) * squares.diagonal().mean() * 1e-8
-        solved = torch.linalg.solve(squares, products).float().T * 255
-        self.head.weight.copy_(solved[:, :-1].reshape(self.head.weight.shape))
-        self.head.bias.copy_(solved[:, -1] + 0.5)  # type: ignore[union-attr]  # the cast truncates
-
-
-def _bordered(x: Tensor) -> Tensor:
-    """(1, C, h, w) -> (1, C, h + 2, w + 2): the edge is repeated."""
-    return F.pad(x, (1, 1, 1, 1), mode="replicate")
-
-
-def _by_row(side: int) -> Tensor:
-    """Order of the channels (3, side, side) of space-to-depth that has pixels side by side: (side, side, 3).
-
-    onnxruntime moves whole rows fast, single samples slowly: with the other order that alone took a tenth of decoding.
-    """
-    return torch.arange(3 * side**2).reshape(3, -1).T.flatten()
-
-
-def _part(x: Tensor, ends: Tensor) -> Tensor:
-    """The rows ends[0] to ends[1] (exclusive) and columns ends[2] to ends[3] of (B, C, h, w)."""
-    return x[:, :, ends[0] : ends[1], ends[2] : ends[3]]
-
-
-def _linear(x: Tensor, rest_end: Tensor, keep: Tensor) -> Tensor:
-    """What stands beside the blocks, (1, 4 C, h, w) -> (1, C, 2 h', 2 w') of the positions in `keep`; or, where h and w
-    and `rest_end` are 1, (1, C, 1, 1)."""
-    ends = torch.minimum(2 * keep, rest_end - torch.tensor([1, 0, 1, 0]))
-    return _part(F.pixel_shuffle(x, 2), ends)
-
-
-def _picture(d: Tensor, side: int) -> Tensor:
-    """(1, 3 side^2, h, w), channels `_by_row` -> (1, side h, side w, 3) uint8."""
-    d = d.clamp(0, 255).to(torch.uint8)
-    _, _, h, w = d.shape
-    rows = d.permute(0, 2, 1, 3).reshape(side * h, 3 * side, w)
-    return rows.permute(0, 2, 1).reshape(1, side * h, side * w, 3)
-
-
 def _halving(layer: nn.Conv2d) -> nn.Conv2d:
     """What space-to-depth by 2 and then a 1x1 layer do, as one convolution; for onnxruntime half the work."""
     weight = layer.weight.detach()
@@ -233,13 +92,6 @@ def _halving(layer: nn.Conv2d) -> nn.Conv2d:
     one.weight = nn.Parameter(weight.reshape(*one.weight.shape).clone())
     one.bias = layer.bias
     return one
-
-
-def _doubled(x: Tensor) -> Tensor:
-    """Depth-to-space by 2, (1, 4 C, h, w) -> (1, C, 2 h, 2 w), first along rows, then row by row; see `_by_row`."""
-    _, channels, h, w = x.shape
-    rows = x.reshape(channels // 2, 2, h * w).permute(0, 2, 1).reshape(channels // 4, 2, h, 2 * w)
-    return rows.permute(0, 2, 1, 3).reshape(1, channels // 4, 2 * h, 2 * w)
 
 
 class ClassicEncoderGraph(nn.Module):
@@ -321,7 +173,8 @@ class GradientGraph(nn.Module):
         assert isinstance(block, Block)
         if not isinstance(block, BytewiseBlock):
             inside = block.expand(block.depthwise(x))
-            back = _Back(block, block.expand.weight, block.project.weight, torch.ones(()), _silu_slope(inside))
+            weights = block.depthwise.weight, block.expand.weight, block.project.weight
+            back = _Back(*weights, torch.ones(()), torch.ones(()), _silu_slope(inside))
             return x + block.project(F.silu(inside)), back
         steps = {name: step.exp() for name, step in block.log_steps.items()}
 
@@ -331,31 +184,34 @@ class GradientGraph(nn.Module):
             value = value / steps[name]
             return value.round().clamp(low, high), ((value > low - 0.5) & (value < high + 0.5)).float()
 
+        depthwise = whole(block.depthwise.weight * steps["seen"][:, None], WEIGHT)
         expand, project = whole(block.expand.weight * steps["before"]), whole(block.project.weight * steps["active"])
-        before, of_before = clipped("before", block.depthwise(x))
+        seen, of_seen = clipped("seen", x)
+        middle = F.conv2d(seen, depthwise, block.depthwise.bias, padding=1, groups=len(depthwise))
+        before, of_before = clipped("before", middle)
         inside, of_inside = clipped("inside", F.conv2d(before, expand, block.expand.bias))
         inside = inside * steps["inside"]
         active, of_active = clipped("active", F.silu(inside))
         inner = of_inside * of_active * _silu_slope(inside) / steps["active"]
-        back = _Back(block, expand, project, of_before / steps["before"], inner)
+        back = _Back(depthwise, expand, project, of_seen / steps["seen"], of_before / steps["before"], inner)
         return x + F.conv2d(active, project, block.project.bias), back
 
     @staticmethod
     def _back(back: _Back, g: Tensor) -> Tensor:
         inside = F.conv_transpose2d(g, back.project) * back.inner
-        before = F.conv_transpose2d(inside, back.expand) * back.outer
-        depthwise = back.block.depthwise.weight
-        return g + F.conv_transpose2d(before, depthwise, padding=1, groups=len(depthwise))
+        before = F.conv_transpose2d(inside, back.expand) * back.middle
+        return g + F.conv_transpose2d(before, back.depthwise, padding=1, groups=len(back.depthwise)) * back.outer
 
 
 class _Back(NamedTuple):
-    """What the way back through a block needs: weights of its 1x1 layers, and what the gradient is multiplied by behind
-    the first and behind the second."""
+    """What the way back through a block needs: weights of its layers, and what the gradient is multiplied by in front
+    of the first, of the second and of the third."""
 
-    block: Block
+    depthwise: Tensor
     expand: Tensor
     project: Tensor
     outer: Tensor
+    middle: Tensor
     inner: Tensor
 
 
@@ -379,35 +235,15 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
     pixels, positions = {1: "height", 2: "width"}, {2: "rows", 3: "columns"}
     full = {"keep": torch.tensor([0, 4, 0, 8])}
     _trace(EncoderGraph(net), {"image": image} | full, folder / "encoder.onnx", {"image": pixels}, ["latent", "hyper"])
-    core, rest = unweave(latent, net.shape.core)
-    parts = {"core": core, "rest": rest, "rest_end": torch.tensor(1 << 31)}
-    ends = {"core": positions, "rest": {2: "rest_rows", 3: "rest_columns"}}
-    decoders: dict[str, nn.Module] = {"decoder.onnx": DecoderGraph(net)}
+    onnx.save(decoder(net), folder / "decoder.onnx")
     for scale in (2, 4, 8):
-        reduced = ReducedGraph(net, scale)
-        reduced.fit(net, samples)
-        decoders[f"reduced-{scale}.onnx"] = reduced
-    for name, graph in decoders.items():
-        _trace(in_floats(graph), parts | full, folder / name, ends, ["image"])
-        convert(
-            folder / name, {path: block for path, block in graph.named_modules() if isinstance(block, BytewiseBlock)}
-        )
+        small = Reduced(net.synthesis, scale)
+        small.fit(samples)
+        onnx.save(reduced(small), folder / f"reduced-{scale}.onnx")
     both = {"latent": latent, "image": image, "inside": image[..., :1]}
     free = {"latent": positions, "image": pixels, "inside": pixels}
     _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
     onnx.save(prior(net.prior, widths(net.shape)), folder / "prior.onnx")
-
-
-_Module = TypeVar("_Module", bound=nn.Module)
-
-
-def in_floats(net: _Module) -> _Module:
-    """A copy that works on floats throughout: what is traced before `convert` makes bytes of it."""
-    net = copy.deepcopy(net)
-    for block in net.modules():
-        if isinstance(block, BytewiseBlock):
-            block.plain = True
-    return net
 
 
 def write_classic(net: Classic, folder: Path) -> None:
@@ -437,7 +273,7 @@ def _trace(
             input_names=list(samples),
             output_names=outputs,
             dynamic_axes=axes,
-            opset_version=_OPSET,
+            opset_version=OPSET,
             dynamo=False,
         )
 
@@ -600,7 +436,7 @@ def prior(net: Prior, widths: list[int]) -> onnx.ModelProto:
         ],
         main.constants,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
     onnx.checker.check_model(model)
     return model
 
@@ -790,10 +626,18 @@ def _in_standard_operators(graph: onnx.GraphProto) -> None:
     """In place; of the same products and shapes: the inference of shapes knows no operators of onnxruntime's own."""
     nodes = []
     for node in graph.node:
+        sums = f"{node.name}.sums"
         if node.op_type == "MatMulIntegerToFloat":
-            sums = f"{node.name}.sums"
             nodes.append(helper.make_node("MatMulInteger", node.input[:2], [sums], name=node.name))
             node = helper.make_node("Cast", [sums], node.output, to=TensorProto.FLOAT)
+        elif node.op_type == "QLinearConv" and node.domain:
+            nodes.append(helper.make_node("Transpose", node.input[:1], [f"{node.name}.first"], perm=[0, 3, 1, 2]))
+            kept = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name != "channels_last"}
+            inputs = [f"{node.name}.first", *node.input[1:]]
+            nodes.append(helper.make_node("QLinearConv", inputs, [sums], name=node.name, **kept))
+            node = helper.make_node("Transpose", [sums], node.output, perm=[0, 2, 3, 1])
+        elif node.op_type in ("QLinearSigmoid", "QLinearMul"):
+            node = helper.make_node("Identity", node.input[:1], node.output)
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
@@ -837,9 +681,8 @@ def _macs(model: onnx.ModelProto, channels: int = 0) -> dict[str, float]:
         elif node.op_type == "ConvTranspose":
             weight, given = shapes[node.input[1]], shapes[node.input[0]]
             counts[node.name] = float(np.prod(given)) * float(np.prod(weight[1:])) / side**2
-        elif node.op_type == "MatMulInteger":
+        elif node.op_type in ("MatMulInteger", "MatMul", "Gemm"):
+            assert not any(a.name.startswith("trans") and a.i for a in node.attribute)
             weight, output = shapes[node.input[1]], shapes[node.output[0]]
             counts[node.name] = float(np.prod(output)) * weight[0] / side**2
-        elif node.op_type in ("MatMul", "Gemm"):
-            raise NotImplementedError(f"{node.op_type} is not counted yet")
     return counts

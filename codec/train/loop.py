@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -30,7 +30,7 @@ from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train.blocks import squared_error
 from hourglass.codec.train.classic import Classic, ClassicShape, start_linear
 from hourglass.codec.train.data import PIECE, Pieces, grey_of, list_training, load_pieces
-from hourglass.codec.train.network import Hourglass, Shape, start_from_pca, start_prior, start_rest
+from hourglass.codec.train.network import Hourglass, Shape, from_lambdas, start_from_pca, start_prior, start_rest
 from hourglass.codec.train.prior import Mode
 
 Network: TypeAlias = "Hourglass | Classic"
@@ -42,7 +42,9 @@ SMOOTHED = 80
 ACTIVITY = 40.0
 """Mean square of the gradient, in grey levels for each pixel, at which an area counts a quarter in `uneven`."""
 
-_OF_ITSELF = ("log_steps.before", "log_steps.inside", "log_steps.active", "prior.nearer")
+_STEPS = "seen", "before", "inside", "active"
+
+_OF_ITSELF = (*(f"log_steps.{name}" for name in _STEPS), "prior.nearer")
 """Ends of the names of weights that need neither principal components nor latents to start from."""
 
 _TO_FIT = 64
@@ -241,8 +243,8 @@ def fresh(
             start_prior(net, latents.pixels)
             if start:
                 _start_from(net, start)  # also what the latents would give
-        if "synthesis.fine.0.log_steps.active" not in taken:
-            fit_steps(net, pieces.crops(_TO_FIT, settings.crop, generator) / 255)
+        if missing := [name for name in _STEPS if f"synthesis.fine.0.log_steps.{name}" not in taken]:
+            fit_steps(net, pieces.crops(_TO_FIT, settings.crop, generator) / 255, missing)
         side //= STRIDE
     torch.manual_seed(settings.seed + _rank())  # each process has noise of its own
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -251,11 +253,11 @@ def fresh(
 
 
 @torch.no_grad()
-def fit_steps(net: Hourglass, x: Tensor) -> None:
-    """Choose the steps of the synthesis' bytes, in place, for pictures (B, 3, H, W) at qualities from 0 to 100."""
+def fit_steps(net: Hourglass, x: Tensor, names: Collection[str] = _STEPS) -> None:
+    """Choose steps of the synthesis' bytes, in place, for pictures (B, 3, H, W) at qualities from 0 to 100."""
     quality = torch.linspace(0, 100, len(x), device=x.device)
     y_hat, _, inverse = net.entropy(net.analysis(x), quality, "settle")
-    net.synthesis.fit_steps(y_hat * inverse)
+    net.synthesis.fit_steps(y_hat * inverse, names)
 
 
 def start_classic(net: Classic, path: Path) -> None:
@@ -285,6 +287,7 @@ def _start_from(net: Hourglass, path: Path) -> set[str]:
     of those taken.
     """
     values = torch.load(path, map_location="cpu", weights_only=True)
+    _at_lambdas(values, net.shape)
     own, weights, narrow = net.state_dict(), values["ema"], values["shape"]["latent"]
     hidden = values["shape"]["synthesis_hidden"][0], net.shape.synthesis_hidden[0]
     wider, core = net.shape.latent - narrow, values["shape"].get("core", narrow)
@@ -311,6 +314,20 @@ def _start_from(net: Hourglass, path: Path) -> set[str]:
     net.load_state_dict(taken, strict=False)
     print(f"{len(taken)} of {len(own)} tensors start from {path}")
     return {*taken}
+
+
+def _at_lambdas(values: dict[str, Any], shape: Shape) -> None:
+    """Change the weights of a file that belong to qualities, in place, to what they are for the lambdas of `shape`."""
+    weights, old = values["ema"], Shape.from_dict(values["shape"])
+    if (old.lambda_low, old.lambda_high) == (shape.lambda_low, shape.lambda_high):
+        return
+    moved = from_lambdas(old, shape)
+    for name in (f"{gains}.log_{way}" for gains in ("gains", "hyper_gains") for way in ("gain", "inverse")):
+        if name in weights:
+            weights[name] = moved @ weights[name].float()
+    if (wide := weights.get("prior.widen.weight")) is not None:
+        of_quality = wide[:, -moved.shape[1] :].float() @ moved.T
+        weights["prior.widen.weight"] = torch.cat([wide[:, : -moved.shape[1]].float(), of_quality], 1)
 
 
 @torch.no_grad()

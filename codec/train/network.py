@@ -20,7 +20,7 @@ image compression", 2017). Gains per quality: Cui et al., "Asymmetric gained dee
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -29,10 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass.codec.errors import InvalidArgument
-from hourglass.codec.train.prior import BYTE_WEIGHT, OCTAVE, Mode, Prior, rounded
+from hourglass.codec.train.prior import BYTE_WEIGHT, OCTAVE, WEIGHT, Mode, Prior, rounded
 
 LEAST_UNIT = -59
 """Octaves of the smallest unit that a channel's symbols may have; below -60 a model is refused when it is loaded."""
+
+LEAST_LOG_STEP = -20.0
+"""Where the steps of bytes begin that only become larger."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,11 @@ class Shape:
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
     bytewise: bool = True  # whether these, and the blocks of the synthesis at 1/8, work on bytes
+    seen_as_bytes: bool = True  # whether the blocks of the synthesis at 1/8 see bytes of what they add to
     centred: bool = True  # whether symbols stand for the centre of what becomes one, learned for each level
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.00045  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
-    lambda_high: float = 0.15  # the same at quality 100; between them log-linear
+    lambda_high: float = 0.21  # the same at quality 100; between them log-linear
 
     def __post_init__(self) -> None:
         if not 4 <= self.core < self.latent or self.core % 4 or self.latent % 4:
@@ -65,7 +69,8 @@ class Shape:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Shape:
-        values = {"bytewise": False, "centred": False} | values  # what was before there was a choice
+        before = {"bytewise": False, "seen_as_bytes": False, "centred": False}  # there was a choice
+        values = before | values
         for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden"):
             values[key] = tuple(values[key])
         return Shape(**values)
@@ -121,37 +126,35 @@ class BytewiseBlock(Block):
     What is added to x is no byte: where another machine rounds one byte otherwise, a pixel changes by one grey level at
     most, which it would not if x had the steps of bytes.
 
-    plain: it works on floats all the same.
+    seen: logarithms of the steps (C, 1, 1) of bytes that the depthwise layer sees in the place of x; blocks that add to
+    the same x share them. None where it sees floats, as it did in models before hourglass-9.
     """
 
-    zeros: ClassVar = {"before": 128, "inside": 128, "active": 64}
-    plain = False
+    zeros: ClassVar = {"seen": 128, "before": 128, "inside": 128, "active": 64}
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, seen: nn.Parameter | None = None) -> None:
         super().__init__(channels, hidden)
-        self.log_steps = nn.ParameterDict(
-            {
-                "before": nn.Parameter(torch.zeros(channels, 1, 1)),
-                "inside": nn.Parameter(torch.zeros(())),
-                "active": nn.Parameter(torch.zeros(())),
-            }
-        )
+        steps = {"before": nn.Parameter(torch.zeros(channels, 1, 1))}
+        steps |= {name: nn.Parameter(torch.zeros(())) for name in ("inside", "active")}
+        self.log_steps = nn.ParameterDict(steps if seen is None else {"seen": seen} | steps)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plain:
-            return super().forward(x)
         weight = whole(self.project.weight * self.log_steps["active"].exp())
         return x + F.conv2d(self._active(x), weight, self.project.bias)
 
     def active(self, x: Tensor) -> Tensor:
-        if self.plain:
-            return super().active(x)
         out: Tensor = self._active(x) * self.log_steps["active"].exp()
         return out
 
     def _active(self, x: Tensor) -> Tensor:
         """In steps."""
-        before = self._bytes("before", self.depthwise(x))
+        if "seen" in self.log_steps:
+            weight = whole(self.depthwise.weight * self.log_steps["seen"].exp()[:, None], WEIGHT)
+            x = self._bytes("seen", x)
+            before = F.conv2d(x, weight, self.depthwise.bias, padding=1, groups=len(weight))
+        else:
+            before = self.depthwise(x)
+        before = self._bytes("before", before)
         weight = whole(self.expand.weight * self.log_steps["before"].exp())
         inside = self._bytes("inside", F.conv2d(before, weight, self.expand.bias))
         return self._bytes("active", F.silu(inside * self.log_steps["inside"].exp()))
@@ -161,37 +164,39 @@ class BytewiseBlock(Block):
         return out
 
     @torch.no_grad()
-    def fit_steps(self, x: Tensor) -> Tensor:
-        """Choose the steps for what x (B, C, h, w) becomes, in place, such that bytes just hold it.
+    def fit_steps(self, x: Tensor, names: Collection[str]) -> Tensor:
+        """Choose some of the steps for what x (B, C, h, w) becomes, in place, such that bytes just hold it; those of
+        what it sees only become larger.
 
         Returns what the block makes of x in floats.
         """
         before = self.depthwise(x)
         inside = self.expand(before)
         active = F.silu(inside)
-        for name, values in (("before", before), ("inside", inside), ("active", active)):
+        for name, values in (("seen", x), ("before", before), ("inside", inside), ("active", active)):
+            if name not in names or name not in self.log_steps:
+                continue
             log_step = self.log_steps[name]
             reach = values.abs().amax((0, 2, 3)) if log_step.dim() else values.abs().amax().reshape(1)
-            step = reach.clamp(min=1e-3) / (255 - self.zeros[name])
-            log_step.copy_(step.log().reshape(log_step.shape))
+            fitting = (reach.clamp(min=1e-3) / (255 - self.zeros[name])).log().reshape(log_step.shape)
+            log_step.copy_(torch.maximum(fitting, log_step) if name == "seen" else fitting)
         out: Tensor = x + self.project(active)
         return out
 
 
-def whole(weight: Tensor) -> Tensor:
-    """A weight (O, I, 1, 1) rounded to integers of at most BYTE_WEIGHT times a factor for each output."""
-    factor = row_factor(weight)
+def whole(weight: Tensor, largest: int = BYTE_WEIGHT) -> Tensor:
+    """A weight (O, I, k, k) rounded to integers of at most `largest` times a factor for each output."""
+    factor = row_factor(weight, largest)
     return rounded(weight / factor) * factor
 
 
-def row_factor(weight: Tensor) -> Tensor:
+def row_factor(weight: Tensor, largest: int = BYTE_WEIGHT) -> Tensor:
     """(O, 1, 1, 1): what `whole` divides by."""
-    return weight.detach().abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / BYTE_WEIGHT
+    return weight.detach().abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / largest
 
 
-def _blocks(count: int, channels: int, hidden: int, bytewise: bool = False) -> nn.Sequential:
-    kind = BytewiseBlock if bytewise else Block
-    return nn.Sequential(*(kind(channels, hidden) for _ in range(count)))
+def _blocks(count: int, channels: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(*(Block(channels, hidden) for _ in range(count)))
 
 
 def weave(core: Tensor, rest: Tensor) -> Tensor:
@@ -255,12 +260,20 @@ class Synthesis(nn.Module):
         self.core = shape.core
         self.coarse = _blocks(shape.synthesis_blocks[1], shape.core, shape.synthesis_hidden[1])
         self.from_latent = nn.Conv2d(shape.core, 4 * shape.trunk, 1)
-        self.fine = _blocks(shape.synthesis_blocks[0], shape.trunk, shape.synthesis_hidden[0], shape.bytewise)
+        self.fine = self._fine(shape)
         self.overlap = nn.Conv2d(shape.trunk, shape.trunk, 3, padding=1, groups=shape.trunk)
         self.from_trunk = nn.Conv2d(shape.trunk, 192, 1)
         self.from_rest = nn.Conv2d(shape.latent - shape.core, 4 * 192, 1, bias=False)
         nn.init.dirac_(self.overlap.weight, shape.trunk)
         nn.init.zeros_(self.overlap.bias)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _fine(shape: Shape) -> nn.Sequential:
+        count, hidden = shape.synthesis_blocks[0], shape.synthesis_hidden[0]
+        if not shape.bytewise:
+            return _blocks(count, shape.trunk, hidden)
+        seen = nn.Parameter(torch.full((shape.trunk, 1, 1), LEAST_LOG_STEP)) if shape.seen_as_bytes else None
+        return nn.Sequential(*(BytewiseBlock(shape.trunk, hidden, seen) for _ in range(count)))
 
     def forward(self, y_hat: Tensor) -> Tensor:
         d = self.to_depth(y_hat)
@@ -276,13 +289,13 @@ class Synthesis(nn.Module):
         d: Tensor = self.from_trunk(self.overlap(self.fine(t)))
         return d
 
-    def fit_steps(self, y_hat: Tensor) -> None:
-        """Choose the steps of the blocks that work on bytes, in place, see `BytewiseBlock.fit_steps`."""
+    def fit_steps(self, y_hat: Tensor, names: Collection[str]) -> None:
+        """Choose steps of the blocks that work on bytes, in place, see `BytewiseBlock.fit_steps`."""
         with torch.no_grad():
             t = F.pixel_shuffle(self.from_latent(self.coarse(unweave(y_hat, self.core)[0])), 2)
             for block in self.fine:
                 if isinstance(block, BytewiseBlock):
-                    t = block.fit_steps(t)
+                    t = block.fit_steps(t, names)
 
     def rest_to_depth(self, rest: Tensor) -> Tensor:
         return F.pixel_shuffle(self.from_rest(rest), 2)
@@ -292,6 +305,18 @@ def hats(quality: Tensor, anchors: int) -> Tensor:
     """quality (B,) in [0, 100] -> (B, anchors), the weights of linear interpolation between anchors."""
     place = quality.clamp(0, 100)[:, None] / 100 * (anchors - 1)
     return (1 - (place - torch.arange(anchors, device=quality.device)).abs()).clamp(min=0)
+
+
+def from_lambdas(old: Shape, new: Shape) -> Tensor:
+    """(anchors of new, anchors of old): what makes of values learned at the qualities of `old` those at the qualities
+    of `new`, where an error is worth as much; beyond the last one they go on as between the last two."""
+    low, high = math.log(old.lambda_low), math.log(old.lambda_high)
+    wanted = torch.linspace(math.log(new.lambda_low), math.log(new.lambda_high), new.anchors)
+    place = (wanted - low) / (high - low) * (old.anchors - 1)
+    first = place.floor().clamp(0, old.anchors - 2)
+    part = (place - first)[:, None]
+    pair = F.one_hot(first.long(), old.anchors), F.one_hot(first.long() + 1, old.anchors)
+    return pair[0] * (1 - part) + pair[1] * part
 
 
 class Gains(nn.Module):

@@ -1,0 +1,368 @@
+"""decoder.onnx and reduced-*.onnx, written node by node: the synthesis transform with the bytes of training.
+
+Positions come before channels from the trunk on, (1, h, w, C): so a 1x1 layer is one matrix product, bytes need no
+rearrangement between layers, and depth-to-space moves whole rows of channels. The trunk is held in the steps of the
+bytes that its blocks see, which makes these a plain cast of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hourglass.codec.errors import InvalidArgument
+from hourglass.codec.train.network import Block, BytewiseBlock, Hourglass, Synthesis, row_factor, unweave
+from hourglass.codec.train.prior import WEIGHT
+
+OPSET = 18
+
+_OF_RUNTIME = "com.microsoft"
+"""onnxruntime's own operators."""
+
+_GATE = 1 / 256
+"""The step of the bytes that a sigmoid becomes."""
+
+_FEW = 16
+"""Outputs of a 3x3 filter that onnxruntime computes at a time, as fast as fewer."""
+
+_KEPT = {4: 1, 8: 2}
+"""Blocks at 1/8 that a smaller picture keeps, by its scale. At 1/8 a pixel is the mean of a block, which training makes
+exact: it takes two to match that."""
+
+
+class Nodes:
+    """Nodes and constants of one graph (or a part of it) in the making."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def add(self, operator: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        output = name or f"{self.prefix}{operator}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def constant(self, value: NDArray[Any]) -> str:
+        name = f"{self.prefix}c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def number(self, value: float) -> str:
+        return self.constant(np.array(value, np.float32))
+
+
+class Reduced(nn.Module):
+    """What stands for the synthesis where a picture is decoded at 1/2, 1/4 or 1/8 of its size.
+
+    Of the blocks at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them `fit` puts
+    one linear 3x3 filter; with few outputs it also does what the last of these would do behind its SiLU, which is
+    linear too.
+    """
+
+    def __init__(self, synthesis: Synthesis, scale: int) -> None:
+        super().__init__()
+        self.synthesis, self.scale, self.side = synthesis, scale, 8 // scale
+        kept = [block for block in synthesis.fine if isinstance(block, BytewiseBlock)][: _KEPT.get(scale, 0)]
+        samples = 3 * self.side**2  # of the pixels at a position at 1/8 resolution
+        self.last = kept.pop() if kept and samples < _FEW else None
+        self.fine = nn.Sequential(*kept)
+        trunk = synthesis.overlap.out_channels
+        self.head = nn.Conv2d(trunk + (self.last.expand.out_channels if self.last else 0), samples, 3)
+
+    def features(self, core: Tensor) -> Tensor:
+        """core (1, c, h, w) -> what the filter takes (1, t, 2 h, 2 w); beyond it, it sees the edge again."""
+        t: Tensor = self.fine(F.pixel_shuffle(self.synthesis.from_latent(self.synthesis.coarse(core)), 2))
+        return torch.cat([t, self.last.active(t)], 1) if self.last else t
+
+    @torch.no_grad()
+    def fit(self, latents: Iterable[Tensor]) -> None:
+        """Make the filter the one with the least squared error from the means of what the synthesis makes of
+        dequantised latents, each (1, C, h, w)."""
+        inputs = 9 * self.head.in_channels + 1
+        squares, products = torch.zeros(inputs, inputs).double(), torch.zeros(inputs, len(self.head.weight)).double()
+        for latent in latents:
+            core, _ = unweave(latent, self.synthesis.core)
+            wanted = F.avg_pool2d(F.pixel_shuffle(self.synthesis.core_to_depth(core), 8), self.scale)
+            b = F.pixel_unshuffle(wanted, self.side)[0][by_row(self.side)].flatten(1).double()
+            a = F.unfold(F.pad(self.features(core), (1, 1, 1, 1), mode="replicate"), 3)[0].double()
+            a = torch.cat([a, torch.ones_like(a[:1])])
+            squares += a @ a.T
+            products += a @ b.T
+        squares += torch.eye(inputs) * squares.diagonal().mean() * 1e-8
+        solved = torch.linalg.solve(squares, products).float().T
+        self.head.weight.copy_(solved[:, :-1].reshape(self.head.weight.shape))
+        self.head.bias.copy_(solved[:, -1])  # type: ignore[union-attr]
+
+
+def decoder(net: Hourglass) -> onnx.ModelProto:
+    """decoder.onnx: dequantised latents -> image (1, H, W, 3) uint8 of the positions in `keep`.
+
+    core (1, c, h, w) float32. keep (4,) int64: first and last row, first and last column (exclusive) of the positions
+    that are wanted, 16x16 pixels each. rest (1, r, h', w') float32 of these alone, or zeros (1, r, 1, 1) where it is
+    all zero, which saves its work.
+
+    Raises `InvalidArgument` for a network whose blocks do not see bytes.
+    """
+    synthesis, graph = net.synthesis, _Decoder(net.synthesis)
+    t, wanted = graph.trunk(), graph.wanted()
+    for number, block in enumerate(synthesis.fine):
+        left = len(synthesis.fine) - number
+        t, wanted = graph.block(
+            f"fine.{number}", block, t, wanted, left if number == len(synthesis.fine) // 2 else None
+        )
+    overlap = copy.deepcopy(synthesis.overlap)
+    overlap.weight.data *= graph.step[:, None]
+    seen = graph.cut(graph.convolve("overlap", graph.add("Transpose", t, perm=[0, 3, 1, 2]), overlap), wanted, (2, 3))
+    order = by_row(8)
+    weight, bias = synthesis.from_trunk.weight[order, :, 0, 0], synthesis.from_trunk.bias
+    assert bias is not None
+    d = graph.product("from_trunk", graph.add("Transpose", seen, perm=[0, 2, 3, 1]), 255 * weight.T, 255 * bias[order])
+    rest = synthesis.from_rest.weight.reshape(192, 2, 2, -1)[order]
+    return graph.finished(d, rest, 8)
+
+
+def reduced(small: Reduced) -> onnx.ModelProto:
+    """reduced-2.onnx, -4, -8: what decoder.onnx takes -> image (1, H / scale, W / scale, 3) uint8."""
+    graph = _Decoder(small.synthesis)
+    t, wanted, side = graph.trunk(), graph.wanted(), small.side
+    for number, block in enumerate(small.fine):
+        t, _ = graph.block(f"fine.{number}", block, t, wanted)
+    weight, bias, trunk = small.head.weight.clone(), small.head.bias, len(graph.step)
+    assert bias is not None
+    if small.last:
+        t = graph.add("Concat", t, graph.active(f"fine.{len(small.fine)}", small.last, t), axis=3)
+    weight[:, :trunk] *= graph.step
+    weight, bias = 255 * weight, 255 * bias
+    samples, inputs = weight.shape[:2]
+    # A ring around what is wanted, which the filter sees; where the patch ends, its edge is repeated.
+    if samples >= _FEW:
+        head = nn.Conv2d(inputs, samples, 3)
+        head.weight.data, head.bias = weight, nn.Parameter(bias)
+        d = graph.convolve("head", graph.bordered(graph.add("Transpose", t, perm=[0, 3, 1, 2]), (2, 3)), head)
+        d = graph.add("Transpose", d, perm=[0, 2, 3, 1])
+    else:
+        # onnxruntime computes _FEW outputs at a time: with fewer it is a 1x1 layer with those of all its nine places,
+        # moved there and summed.
+        places = graph.product("head", t, weight.permute(1, 2, 3, 0).reshape(inputs, 9 * samples), None)
+        d = graph.moved(graph.bordered(places, (1, 2)), samples, bias)
+    rest = small.synthesis.from_rest.weight.reshape(3, side, small.scale, side, small.scale, 4, -1).mean((2, 4))
+    rest = rest.reshape(3 * side**2, 2, 2, -1)[by_row(side)]
+    return graph.finished(graph.cut(d, wanted, (1, 2)), rest, side)
+
+
+class _Decoder(Nodes):
+    """step: (t, 1, 1), what the trunk is divided by."""
+
+    def __init__(self, synthesis: Synthesis) -> None:
+        super().__init__("")
+        first = next(iter(synthesis.fine), None)
+        if not isinstance(first, BytewiseBlock) or "seen" not in first.log_steps:
+            raise InvalidArgument("blocks of the synthesis do not see bytes; such a network is exported no more")
+        self.synthesis = synthesis
+        self.step = first.log_steps["seen"].detach().exp()
+
+    def whole_numbers(self, *values: int) -> str:
+        return self.constant(np.array(values, np.int64))
+
+    def wanted(self) -> str:
+        """(4,): ends of the rows and columns at 1/8 resolution that are wanted."""
+        return self.add("Mul", "keep", self.whole_numbers(2))
+
+    def convolve(self, name: str, x: str, layer: nn.Conv2d) -> str:
+        """(1, C, h, w) -> (1, C', h', w'), padded as the layer says."""
+        assert layer.bias is not None
+        pads = [int(layer.padding[0])] * 4 if not isinstance(layer.padding, str) else []
+        inputs = (x, self.constant(_array(layer.weight)), self.constant(_array(layer.bias)))
+        return self.add("Conv", *inputs, name=name, group=layer.groups, pads=pads)
+
+    def product(self, name: str, x: str, matrix: Tensor, bias: Tensor | None) -> str:
+        """(1, h, w, C) and (C, C') -> (1, h, w, C')."""
+        out = self.add("MatMul", x, self.constant(_array(matrix)), name=name)
+        return out if bias is None else self.add("Add", out, self.constant(_array(bias)))
+
+    def cut(self, x: str, ends: str, axes: tuple[int, int]) -> str:
+        """Rows ends[0] to ends[1] (exclusive) and columns ends[2] to ends[3], which lie along `axes`."""
+        first, last = (self.add("Gather", ends, self.whole_numbers(*places)) for places in ((0, 2), (1, 3)))
+        return self.add("Slice", x, first, last, self.whole_numbers(*axes))
+
+    def bordered(self, x: str, axes: tuple[int, int]) -> str:
+        """One more row and column on each side, along `axes`: the edge is repeated."""
+        pads = np.zeros((2, 4), np.int64)
+        pads[:, list(axes)] = 1
+        return self.add("Pad", x, self.constant(pads.flatten()), mode="edge")
+
+    def moved(self, places: str, samples: int, bias: Tensor) -> str:
+        """(1, h + 2, w + 2, 9 n), what a 3x3 filter makes at each of its places -> (1, h, w, n), what it gives."""
+        total = self.constant(_array(bias))
+        for place in range(9):
+            row, column = divmod(place, 3)
+            # A negative end counts from behind; none does where the last row or column is in it.
+            ends = (row - 2 if row < 2 else 1 << 31), (column - 2 if column < 2 else 1 << 31)
+            first = self.whole_numbers(row, column, place * samples)
+            last = self.whole_numbers(*ends, (place + 1) * samples)
+            total = self.add("Add", total, self.add("Slice", places, first, last, self.whole_numbers(1, 2, 3)))
+        return total
+
+    def trunk(self) -> str:
+        """core -> what the blocks at 1/8 resolution add to, (1, 2 h, 2 w, t), in steps."""
+        x = "core"
+        for number, block in enumerate(self.synthesis.coarse):
+            assert isinstance(block, Block)
+            inside = x
+            for part in ("depthwise", "expand"):
+                inside = self.convolve(f"coarse.{number}.{part}", inside, getattr(block, part))
+            active = self.add("Mul", inside, self.add("Sigmoid", inside))
+            x = self.add("Add", x, self.convolve(f"coarse.{number}.project", active, block.project))
+        layer, channels = self.synthesis.from_latent, len(self.step)
+        assert layer.bias is not None
+        # Four positions of all channels, one row after the other.
+        weight = (layer.weight.reshape(channels, 2, 2, -1) / self.step[..., None]).permute(3, 1, 2, 0).flatten(1)
+        bias = (layer.bias.reshape(channels, 2, 2) / self.step).permute(1, 2, 0).flatten()
+        y = self.product("from_latent", self.add("Transpose", x, perm=[0, 2, 3, 1]), weight, bias)
+        h, w = (self.add("Shape", y, start=axis, end=axis + 1) for axis in (1, 2))
+        two = self.whole_numbers(2)
+        rows = self.add("Concat", h, w, two, self.whole_numbers(2 * channels), axis=0)
+        rows = self.add("Transpose", self.add("Reshape", y, rows), perm=[0, 2, 1, 3])
+        whole = (self.whole_numbers(1), self.add("Mul", h, two), self.add("Mul", w, two), self.whole_numbers(channels))
+        return self.add("Reshape", rows, self.add("Concat", *whole, axis=0))
+
+    def block(self, name: str, block: nn.Module, t: str, wanted: str, left: int | None = None) -> tuple[str, str]:
+        """A block, and the ends of what is wanted in what it gives.
+
+        left: what the wanted positions look at no more is left out from here on, where so many blocks are to come,
+        with this one. Once: it moves the floats of t.
+        """
+        assert isinstance(block, BytewiseBlock)
+        before = self._before(name, block, t)
+        if left is not None:
+            kept = self.add("Add", wanted, self.whole_numbers(-left, left, -left, left))
+            kept = self.add("Max", kept, self.whole_numbers(0))
+            t, before = self.cut(t, kept, (1, 2)), self.cut(before, kept, (1, 2))
+            wanted = self.add("Sub", wanted, self.add("Gather", kept, self.whole_numbers(0, 0, 2, 2)))
+        active = self._active(name, block, before)
+        step, trunk = block.log_steps["active"].detach().exp(), self.step.flatten()
+        integers, factor, bias = _integers(block.project.weight * step, block.project.bias)
+        # A matrix product, a cast, a scale and a bias in one: three passes over the floats less.
+        inputs = (
+            self.constant(np.ascontiguousarray(integers[:, :, 0, 0].T)),
+            self.number(1),
+            self.constant(_array(factor / trunk)),
+            self.constant(np.array(block.zeros["active"], np.uint8)),
+            "",
+            self.constant(_array(bias / trunk)),
+        )
+        added = self.add("MatMulIntegerToFloat", active, *inputs, name=f"{name}.project", domain=_OF_RUNTIME)
+        return self.add("Add", t, added), wanted
+
+    def active(self, name: str, block: BytewiseBlock, t: str) -> str:
+        """What the projection of a block takes, in floats."""
+        unit = self._unit(block.log_steps["active"].detach().exp(), block.zeros["active"])
+        return self.add("DequantizeLinear", self._active(name, block, self._before(name, block, t)), *unit)
+
+    def _before(self, name: str, block: BytewiseBlock, t: str) -> str:
+        """The bytes before the expansion, (1, h, w, t)."""
+        seen = self.add("QuantizeLinear", t, *self._unit(1, block.zeros["seen"]))
+        after = block.log_steps["before"].detach().exp().flatten()
+        weight = block.depthwise.weight * self.step[:, None]
+        attributes = {"group": len(weight), "pads": [1] * 4}
+        zeros = block.zeros["seen"], block.zeros["before"]
+        return self._bytes(f"{name}.depthwise", seen, weight, block.depthwise.bias, after, zeros, WEIGHT, **attributes)
+
+    def _active(self, name: str, block: BytewiseBlock, before: str) -> str:
+        """The bytes before the projection, (1, h, w, hidden), from those before the expansion."""
+        step, zeros = {key: value.detach().exp() for key, value in block.log_steps.items()}, block.zeros
+        both = zeros["before"], zeros["inside"]
+        weight = block.expand.weight * step["before"]
+        inside = self._bytes(f"{name}.expand", before, weight, block.expand.bias, step["inside"], both)
+        value, gate = self._unit(step["inside"], zeros["inside"]), self._unit(_GATE, 0)
+        sigmoid = self.add("QLinearSigmoid", inside, *value, *gate, domain=_OF_RUNTIME)
+        active = self._unit(step["active"], zeros["active"])
+        return self.add("QLinearMul", inside, *value, sigmoid, *gate, *active, domain=_OF_RUNTIME)
+
+    def _bytes(
+        self,
+        name: str,
+        x: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        after: Tensor,
+        zeros: tuple[int, int],
+        largest: int | None = None,
+        **attributes: Any,
+    ) -> str:
+        """A convolution of bytes, weight (O, I, k, k) in their steps, to bytes of the steps `after` (or (O,))."""
+        integers, factor, whole_bias = _integers(weight, bias, largest)
+        one = [self._unit(1, zero) for zero in zeros]
+        constants: list[NDArray[Any]] = [integers, _array(factor / after), np.array(0, np.int8)]
+        bias_name = self.constant(np.rint(_array(whole_bias / factor)).astype(np.int32))
+        attributes |= {"name": name, "domain": _OF_RUNTIME, "channels_last": 1}
+        return self.add("QLinearConv", x, *one[0], *map(self.constant, constants), *one[1], bias_name, **attributes)
+
+    def _unit(self, step: float | Tensor, zero: int) -> tuple[str, str]:
+        """The step of bytes, and which of them stands for 0."""
+        return self.number(float(step)), self.constant(np.array(zero, np.uint8))
+
+    def finished(self, d: str, rest: Tensor, side: int) -> onnx.ModelProto:
+        """The model: d (1, 2 h', 2 w', 3 side^2), grey levels, and what rest adds -> image (1, 2 side h', ..., 3).
+
+        rest: weights (3 side^2, 2, 2, r). Channels are `by_row`.
+        """
+        samples = len(rest)
+        weight = 255 * rest.permute(3, 1, 2, 0).flatten(1)  # (r, 4 positions of all samples, one row after the other)
+        added = self.product("from_rest", self.add("Transpose", "rest", perm=[0, 2, 3, 1]), weight, None)
+        two, both, minus = self.whole_numbers(2), self.whole_numbers(2 * samples), self.whole_numbers(-1)
+        h, w = (self.add("Shape", added, start=axis, end=axis + 1) for axis in (1, 2))
+        added = self.add("Reshape", added, self.add("Concat", h, w, two, both, axis=0))
+        added = self.add("Transpose", added, perm=[0, 2, 1, 3])  # (h', 2, w', 2 x samples), or (1, 2, 1, 2 x samples)
+        rows, columns = (self.add("Shape", d, start=axis, end=axis + 1) for axis in (1, 2))
+        across = self.add("Div", columns, two)
+        paired = self.add("Reshape", d, self.add("Concat", minus, two, across, both, axis=0))
+        total = self.add("Add", self.add("Add", paired, self.number(0.5)), added)  # a cast truncates
+        levels = self.add("Cast", self.add("Clip", total, self.number(0), self.number(255)), to=TensorProto.UINT8)
+        # Lines of pixels of a position one behind the other, then line behind line.
+        pixels = self.add("Concat", rows, columns, self.whole_numbers(side), self.whole_numbers(3 * side), axis=0)
+        lines = self.add("Transpose", self.add("Reshape", levels, pixels), perm=[0, 2, 1, 3])
+        size = [self.add("Mul", count, self.whole_numbers(side)) for count in (rows, columns)]
+        shape = self.add("Concat", self.whole_numbers(1), *size, self.whole_numbers(3), axis=0)
+        self.add("Reshape", lines, shape, name="image")
+        channels, others = self.synthesis.core, weight.shape[0]
+        entries = [
+            ("core", TensorProto.FLOAT, (1, channels, "rows", "columns")),
+            ("rest", TensorProto.FLOAT, (1, others, "rest_rows", "rest_columns")),
+            ("keep", TensorProto.INT64, (4,)),
+        ]
+        image = helper.make_tensor_value_info("image", TensorProto.UINT8, (1, "height", "width", 3))
+        inputs = [helper.make_tensor_value_info(*entry) for entry in entries]
+        graph = helper.make_graph(self.nodes, "decoder", inputs, [image], self.constants)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(_OF_RUNTIME, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+        onnx.checker.check_model(model)
+        return model
+
+
+def _integers(
+    weight: Tensor, bias: Tensor | None, largest: int | None = None
+) -> tuple[NDArray[np.int8], Tensor, Tensor]:
+    """Integer weights (O, I, k, k) as training has them; what the sums of each output are worth, and its bias, (O,)."""
+    factor = row_factor(weight) if largest is None else row_factor(weight, largest)
+    assert bias is not None
+    return (weight.detach() / factor).round().numpy().astype(np.int8), factor.flatten(), bias.detach()
+
+
+def _array(values: Tensor) -> NDArray[np.float32]:
+    return np.ascontiguousarray(values.detach().numpy(), np.float32)
+
+
+def by_row(side: int) -> Tensor:
+    """Order of the channels (3, side, side) of space-to-depth that has pixels side by side: (side, side, 3)."""
+    return torch.arange(3 * side**2).reshape(3, -1).T.flatten()

@@ -27,8 +27,10 @@ from hourglass.codec.train.export import LARGE, average, export, halve, load_che
 from hourglass.codec.train.network import (
     LEAST_LOG_STEP,
     BytewiseBlock,
+    Filter,
     Hourglass,
     Shape,
+    as_bytes,
     hats,
     start_from_pca,
     start_rest,
@@ -450,7 +452,7 @@ def test_exported_centroids(net: Hourglass, zoo: Path) -> None:
 
 def test_gradient_graph_is_the_gradient(net: Hourglass, zoo: Path) -> None:
     """The written-out backward pass, against PyTorch's own, both with bytes rounded and clipped as they are decoded."""
-    assert any(isinstance(block, BytewiseBlock) for block in net.modules())
+    assert any(isinstance(part, Filter) for part in net.modules())
     picture = image.read(IMAGES / "motocross.png")[:64, :128]
     x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
     latent = net.analysis(x / 255).detach().requires_grad_(True)
@@ -461,34 +463,64 @@ def test_gradient_graph_is_the_gradient(net: Hourglass, zoo: Path) -> None:
     assert np.allclose(slope, expected[0], rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
 
 
-def test_bytes_of_a_block() -> None:
+def test_bytes_of_a_filter() -> None:
     """What fits is off by half a step at most; what does not is clipped and has no gradient; the step has that of what
     the rounding and the clip do to the value."""
     torch.manual_seed(3)
-    seen = torch.nn.Parameter(torch.full((4, 1, 1), LEAST_LOG_STEP))
-    block, next_one = BytewiseBlock(4, 6, seen), BytewiseBlock(4, 6, seen)
+    log_seen = torch.nn.Parameter(torch.full((4, 1, 1), LEAST_LOG_STEP))
+    own, other = Filter(4, log_seen), Filter(4, log_seen)
     with torch.no_grad():
-        for parameter in (block.project.weight, block.project.bias):
+        for parameter in (own.project.weight, own.project.bias):
             parameter.normal_()
         x = torch.randn(2, 4, 5, 7)
-        exact = block.fit_steps(x, ["seen"])
-        assert torch.allclose(seen.exp().flatten() * 127, x.abs().amax((0, 2, 3)))
-        assert not block.log_steps["before"].any()
-        next_one.fit_steps(x * torch.tensor([2.0, 0.5, 1, 1])[:, None, None], ["seen"])  # both just hold theirs
+        exact = own.fit_steps(x)
+        assert torch.equal(exact, x + own.project(own.depthwise(x)))
+        assert torch.allclose(log_seen.exp().flatten() * 127, x.abs().amax((0, 2, 3)))
+        other.fit_steps(x * torch.tensor([2.0, 0.5, 1, 1])[:, None, None])  # they share it: it holds both
         expected = x.abs().amax((0, 2, 3)) * torch.tensor([2.0, 1, 1, 1])
-        assert torch.allclose(block.log_steps["seen"].exp().flatten() * 127, expected)
-        assert torch.equal(exact, x + block.project(F.silu(block.expand(block.depthwise(x)))))
-        block.fit_steps(x, ["before", "inside", "active"])
-        assert 0 < float((block(x) - exact).abs().max()) < 0.1 * float((exact - x).abs().max())
-        block.log_steps["active"].fill_(math.log(0.01))
+        assert torch.allclose(own.log_seen.exp().flatten() * 127, expected)
+        assert 0 < float((own(x) - exact).abs().max()) < 0.1 * float((exact - x).abs().max())
+    log_step = torch.tensor(math.log(0.01), requires_grad=True)
     values = torch.tensor([-0.701, -0.5062, 0.004, 1.2349, 1.912, 2.5]).reshape(1, 6, 1, 1).requires_grad_(True)
-    found = block._bytes("active", values)
+    found = as_bytes(values, log_step, 64)
     assert found.flatten().tolist() == [-64, -51, 0, 123, 191, 191]
-    (found * block.log_steps["active"].exp()).sum().backward()  # type: ignore[no-untyped-call]
+    (found * log_step.exp()).sum().backward()  # type: ignore[no-untyped-call]
     assert values.grad is not None
+    assert log_step.grad is not None
     assert torch.allclose(values.grad.flatten(), torch.tensor([0.0, 1, 1, 1, 1, 0]))
-    expected = 0.01 * (-64 + (-51 + 50.62) + (0 - 0.4) + (123 - 123.49) + (191 - 191.2) + 191)
-    assert float(block.log_steps["active"].grad) == pytest.approx(expected, rel=1e-3)
+    expected_grad = 0.01 * (-64 + (-51 + 50.62) + (0 - 0.4) + (123 - 123.49) + (191 - 191.2) + 191)
+    assert float(log_step.grad) == pytest.approx(expected_grad, rel=1e-3)
+
+
+def test_filters_take_the_place_of_blocks(tmp_path: Path) -> None:
+    """From weights with blocks a network with filters starts as what is most like them: the same but for bytes where
+    these are linear, and no step is learned anew."""
+    torch.manual_seed(5)
+    old = Hourglass(replace(SHAPE, synthesis_blocks=(2, 1), synthesis_hidden=(24, 128)))
+    pieces = load_pieces(list_training(IMAGES), 64, CPU)
+    generator = torch.Generator().manual_seed(2)
+    start_from_pca(old, [piece.permute(2, 0, 1) for piece in pieces.pixels], generator)
+    x = pieces.crops(8, 64, generator) / 255
+    with torch.no_grad():
+        latent = old.analysis(x)
+        t = F.pixel_shuffle(old.synthesis.from_latent(old.synthesis.coarse(unweave(latent, 32)[0])), 2)
+        for block in old.synthesis.fine:
+            assert isinstance(block, BytewiseBlock)
+            block.expand.weight *= 0.01  # so small that a SiLU is half of what it gets
+            block.project.weight.normal_(std=10)
+            for name, value in (("before", 0.01), ("inside", 1e-4), ("active", 1e-4)):
+                block.log_steps[name].fill_(math.log(value))
+            assert float((block(t) - t).square().mean()) > 0.01 * float(t.square().mean())
+    values = {"shape": old.shape.as_dict(), "ema": old.state_dict(), "settings": {}, "step": 0, "seconds": 0.0}
+    torch.save(values, tmp_path / "old.pt")
+    settings = replace(SETTINGS, prior_steps=0)
+    new = loop.fresh(settings, replace(SHAPE, synthesis_blocks=(2, 1)), pieces, CPU, tmp_path / "old.pt").net
+    assert isinstance(new, Hourglass)
+    assert all(isinstance(part, Filter) for part in new.synthesis.fine)
+    with torch.no_grad():
+        wanted, found = (net.synthesis.core_to_depth(unweave(latent, 32)[0]) for net in (old, new))
+        plain = old.synthesis.from_trunk(old.synthesis.overlap(t))
+    assert float((found - wanted).square().mean()) < 0.02 * float((plain - wanted).square().mean())
 
 
 def test_model_id_is_permanent(run: Path, zoo: Path) -> None:

@@ -2,7 +2,7 @@
 
 Positions come before channels from the trunk on, (1, h, w, C): so a 1x1 layer is one matrix product, bytes need no
 rearrangement between layers, and depth-to-space moves whole rows of channels. The trunk is held in the steps of the
-bytes that its blocks see, which makes these a plain cast of it.
+bytes that its filters see, which makes these a plain cast of it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass.codec.errors import InvalidArgument
-from hourglass.codec.train.network import Block, BytewiseBlock, Hourglass, Synthesis, row_factor, unweave
-from hourglass.codec.train.prior import WEIGHT
+from hourglass.codec.train.network import Block, Filter, Hourglass, Synthesis, row_factor, unweave
+from hourglass.codec.train.prior import BYTE_WEIGHT, WEIGHT
 
 OPSET = 18
 
 _OF_RUNTIME = "com.microsoft"
 """onnxruntime's own operators."""
 
-_GATE = 1 / 256
-"""The step of the bytes that a sigmoid becomes."""
-
 _FEW = 16
 """Outputs of a 3x3 filter that onnxruntime computes at a time, as fast as fewer."""
 
 _KEPT = {4: 1, 8: 2}
-"""Blocks at 1/8 that a smaller picture keeps, by its scale. At 1/8 a pixel is the mean of a block, which training makes
-exact: it takes two to match that."""
+"""Filters at 1/8 that a smaller picture keeps, by its scale. At 1/8 a pixel is the mean of a block, which training
+makes exact: it takes two to match that."""
 
 
 class Nodes:
@@ -64,25 +61,24 @@ class Nodes:
 class Reduced(nn.Module):
     """What stands for the synthesis where a picture is decoded at 1/2, 1/4 or 1/8 of its size.
 
-    Of the blocks at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them `fit` puts
-    one linear 3x3 filter; with few outputs it also does what the last of these would do behind its SiLU, which is
-    linear too.
+    Of the filters at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them `fit` puts
+    one 3x3 filter; with few outputs it also does what the second layer of the last of these would.
     """
 
     def __init__(self, synthesis: Synthesis, scale: int) -> None:
         super().__init__()
         self.synthesis, self.scale, self.side = synthesis, scale, 8 // scale
-        kept = [block for block in synthesis.fine if isinstance(block, BytewiseBlock)][: _KEPT.get(scale, 0)]
+        kept = [part for part in synthesis.fine if isinstance(part, Filter)][: _KEPT.get(scale, 0)]
         samples = 3 * self.side**2  # of the pixels at a position at 1/8 resolution
         self.last = kept.pop() if kept and samples < _FEW else None
         self.fine = nn.Sequential(*kept)
         trunk = synthesis.overlap.out_channels
-        self.head = nn.Conv2d(trunk + (self.last.expand.out_channels if self.last else 0), samples, 3)
+        self.head = nn.Conv2d(2 * trunk if self.last else trunk, samples, 3)
 
     def features(self, core: Tensor) -> Tensor:
         """core (1, c, h, w) -> what the filter takes (1, t, 2 h, 2 w); beyond it, it sees the edge again."""
         t: Tensor = self.fine(F.pixel_shuffle(self.synthesis.from_latent(self.synthesis.coarse(core)), 2))
-        return torch.cat([t, self.last.active(t)], 1) if self.last else t
+        return torch.cat([t, self.last.before(t) * self.last.log_before.exp()], 1) if self.last else t
 
     @torch.no_grad()
     def fit(self, latents: Iterable[Tensor]) -> None:
@@ -111,15 +107,13 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
     that are wanted, 16x16 pixels each. rest (1, r, h', w') float32 of these alone, or zeros (1, r, 1, 1) where it is
     all zero, which saves its work.
 
-    Raises `InvalidArgument` for a network whose blocks do not see bytes.
+    Raises `InvalidArgument` for a network that has blocks in the place of filters.
     """
     synthesis, graph = net.synthesis, _Decoder(net.synthesis)
     t, wanted = graph.trunk(), graph.wanted()
-    for number, block in enumerate(synthesis.fine):
-        left = len(synthesis.fine) - number
-        t, wanted = graph.block(
-            f"fine.{number}", block, t, wanted, left if number == len(synthesis.fine) // 2 else None
-        )
+    for number, own in enumerate(graph.filters):
+        left, is_middle = len(graph.filters) - number, number == len(graph.filters) // 2
+        t, wanted = graph.filter(f"fine.{number}", own, t, wanted, left if is_middle else None)
     overlap = copy.deepcopy(synthesis.overlap)
     overlap.weight.data *= graph.step[:, None]
     seen = graph.cut(graph.convolve("overlap", graph.add("Transpose", t, perm=[0, 3, 1, 2]), overlap), wanted, (2, 3))
@@ -135,12 +129,15 @@ def reduced(small: Reduced) -> onnx.ModelProto:
     """reduced-2.onnx, -4, -8: what decoder.onnx takes -> image (1, H / scale, W / scale, 3) uint8."""
     graph = _Decoder(small.synthesis)
     t, wanted, side = graph.trunk(), graph.wanted(), small.side
-    for number, block in enumerate(small.fine):
-        t, _ = graph.block(f"fine.{number}", block, t, wanted)
+    kept = graph.filters[: len(small.fine)]
+    for number, own in enumerate(kept):
+        t, _ = graph.filter(f"fine.{number}", own, t, wanted)
     weight, bias, trunk = small.head.weight.clone(), small.head.bias, len(graph.step)
     assert bias is not None
     if small.last:
-        t = graph.add("Concat", t, graph.active(f"fine.{len(small.fine)}", small.last, t), axis=3)
+        before = graph.floats(graph.before(f"fine.{len(kept)}", small.last, t))
+        weight[:, trunk:] *= small.last.log_before.exp()
+        t = graph.add("Concat", t, before, axis=3)
     weight[:, :trunk] *= graph.step
     weight, bias = 255 * weight, 255 * bias
     samples, inputs = weight.shape[:2]
@@ -165,11 +162,13 @@ class _Decoder(Nodes):
 
     def __init__(self, synthesis: Synthesis) -> None:
         super().__init__("")
-        first = next(iter(synthesis.fine), None)
-        if not isinstance(first, BytewiseBlock) or "seen" not in first.log_steps:
-            raise InvalidArgument("blocks of the synthesis do not see bytes; such a network is exported no more")
+        self.filters = [part for part in synthesis.fine if isinstance(part, Filter)]
+        if not self.filters or len(self.filters) < len(synthesis.fine):
+            raise InvalidArgument(
+                "the synthesis has blocks in the place of filters; such a network is exported no more"
+            )
         self.synthesis = synthesis
-        self.step = first.log_steps["seen"].detach().exp()
+        self.step = self.filters[0].log_seen.detach().exp()
 
     def whole_numbers(self, *values: int) -> str:
         return self.constant(np.array(values, np.int64))
@@ -236,81 +235,48 @@ class _Decoder(Nodes):
         whole = (self.whole_numbers(1), self.add("Mul", h, two), self.add("Mul", w, two), self.whole_numbers(channels))
         return self.add("Reshape", rows, self.add("Concat", *whole, axis=0))
 
-    def block(self, name: str, block: nn.Module, t: str, wanted: str, left: int | None = None) -> tuple[str, str]:
-        """A block, and the ends of what is wanted in what it gives.
+    def filter(self, name: str, own: Filter, t: str, wanted: str, left: int | None = None) -> tuple[str, str]:
+        """A filter, and the ends of what is wanted in what it gives.
 
-        left: what the wanted positions look at no more is left out from here on, where so many blocks are to come,
+        left: what the wanted positions look at no more is left out from here on, where so many filters are to come,
         with this one. Once: it moves the floats of t.
         """
-        assert isinstance(block, BytewiseBlock)
-        before = self._before(name, block, t)
+        before = self.before(name, own, t)
         if left is not None:
             kept = self.add("Add", wanted, self.whole_numbers(-left, left, -left, left))
             kept = self.add("Max", kept, self.whole_numbers(0))
             t, before = self.cut(t, kept, (1, 2)), self.cut(before, kept, (1, 2))
             wanted = self.add("Sub", wanted, self.add("Gather", kept, self.whole_numbers(0, 0, 2, 2)))
-        active = self._active(name, block, before)
-        step, trunk = block.log_steps["active"].detach().exp(), self.step.flatten()
-        integers, factor, bias = _integers(block.project.weight * step, block.project.bias)
+        trunk, (integers, factor) = self.step.flatten(), _integers(own.project.weight * own.log_before.exp())
         # A matrix product, a cast, a scale and a bias in one: three passes over the floats less.
         inputs = (
             self.constant(np.ascontiguousarray(integers[:, :, 0, 0].T)),
             self.number(1),
             self.constant(_array(factor / trunk)),
-            self.constant(np.array(block.zeros["active"], np.uint8)),
+            self._zero(),
             "",
-            self.constant(_array(bias / trunk)),
+            self.constant(_array(_bias(own.project) / trunk)),
         )
-        added = self.add("MatMulIntegerToFloat", active, *inputs, name=f"{name}.project", domain=_OF_RUNTIME)
+        added = self.add("MatMulIntegerToFloat", before, *inputs, name=f"{name}.project", domain=_OF_RUNTIME)
         return self.add("Add", t, added), wanted
 
-    def active(self, name: str, block: BytewiseBlock, t: str) -> str:
-        """What the projection of a block takes, in floats."""
-        unit = self._unit(block.log_steps["active"].detach().exp(), block.zeros["active"])
-        return self.add("DequantizeLinear", self._active(name, block, self._before(name, block, t)), *unit)
+    def before(self, name: str, own: Filter, t: str) -> str:
+        """The bytes between the layers of a filter, (1, h, w, t)."""
+        seen = self.add("QuantizeLinear", t, self.number(1), self._zero())
+        integers, factor = _integers(own.depthwise.weight * self.step[:, None], WEIGHT)
+        bias = np.rint(_array(_bias(own.depthwise) / factor)).astype(np.int32)
+        after = factor / own.log_before.exp().flatten()
+        constants: list[NDArray[Any]] = [integers, _array(after), np.array(0, np.int8)]
+        inputs = self.number(1), self._zero(), *map(self.constant, constants), self.number(1), self._zero()
+        attributes = {"group": len(integers), "pads": [1] * 4, "channels_last": 1, "domain": _OF_RUNTIME}
+        return self.add("QLinearConv", seen, *inputs, self.constant(bias), name=f"{name}.depthwise", **attributes)
 
-    def _before(self, name: str, block: BytewiseBlock, t: str) -> str:
-        """The bytes before the expansion, (1, h, w, t)."""
-        seen = self.add("QuantizeLinear", t, *self._unit(1, block.zeros["seen"]))
-        after = block.log_steps["before"].detach().exp().flatten()
-        weight = block.depthwise.weight * self.step[:, None]
-        attributes = {"group": len(weight), "pads": [1] * 4}
-        zeros = block.zeros["seen"], block.zeros["before"]
-        return self._bytes(f"{name}.depthwise", seen, weight, block.depthwise.bias, after, zeros, WEIGHT, **attributes)
+    def floats(self, x: str) -> str:
+        """Bytes as what they stand for, in steps."""
+        return self.add("DequantizeLinear", x, self.number(1), self._zero())
 
-    def _active(self, name: str, block: BytewiseBlock, before: str) -> str:
-        """The bytes before the projection, (1, h, w, hidden), from those before the expansion."""
-        step, zeros = {key: value.detach().exp() for key, value in block.log_steps.items()}, block.zeros
-        both = zeros["before"], zeros["inside"]
-        weight = block.expand.weight * step["before"]
-        inside = self._bytes(f"{name}.expand", before, weight, block.expand.bias, step["inside"], both)
-        value, gate = self._unit(step["inside"], zeros["inside"]), self._unit(_GATE, 0)
-        sigmoid = self.add("QLinearSigmoid", inside, *value, *gate, domain=_OF_RUNTIME)
-        active = self._unit(step["active"], zeros["active"])
-        return self.add("QLinearMul", inside, *value, sigmoid, *gate, *active, domain=_OF_RUNTIME)
-
-    def _bytes(
-        self,
-        name: str,
-        x: str,
-        weight: Tensor,
-        bias: Tensor | None,
-        after: Tensor,
-        zeros: tuple[int, int],
-        largest: int | None = None,
-        **attributes: Any,
-    ) -> str:
-        """A convolution of bytes, weight (O, I, k, k) in their steps, to bytes of the steps `after` (or (O,))."""
-        integers, factor, whole_bias = _integers(weight, bias, largest)
-        one = [self._unit(1, zero) for zero in zeros]
-        constants: list[NDArray[Any]] = [integers, _array(factor / after), np.array(0, np.int8)]
-        bias_name = self.constant(np.rint(_array(whole_bias / factor)).astype(np.int32))
-        attributes |= {"name": name, "domain": _OF_RUNTIME, "channels_last": 1}
-        return self.add("QLinearConv", x, *one[0], *map(self.constant, constants), *one[1], bias_name, **attributes)
-
-    def _unit(self, step: float | Tensor, zero: int) -> tuple[str, str]:
-        """The step of bytes, and which of them stands for 0."""
-        return self.number(float(step)), self.constant(np.array(zero, np.uint8))
+    def _zero(self) -> str:
+        return self.constant(np.array(Filter.ZERO, np.uint8))
 
     def finished(self, d: str, rest: Tensor, side: int) -> onnx.ModelProto:
         """The model: d (1, 2 h', 2 w', 3 side^2), grey levels, and what rest adds -> image (1, 2 side h', ..., 3).
@@ -350,13 +316,15 @@ class _Decoder(Nodes):
         return model
 
 
-def _integers(
-    weight: Tensor, bias: Tensor | None, largest: int | None = None
-) -> tuple[NDArray[np.int8], Tensor, Tensor]:
-    """Integer weights (O, I, k, k) as training has them; what the sums of each output are worth, and its bias, (O,)."""
-    factor = row_factor(weight) if largest is None else row_factor(weight, largest)
-    assert bias is not None
-    return (weight.detach() / factor).round().numpy().astype(np.int8), factor.flatten(), bias.detach()
+def _integers(weight: Tensor, largest: int = BYTE_WEIGHT) -> tuple[NDArray[np.int8], Tensor]:
+    """Integer weights (O, I, k, k) as training has them, and what the sums of each output are worth, (O,)."""
+    factor = row_factor(weight, largest)
+    return (weight.detach() / factor).round().numpy().astype(np.int8), factor.flatten()
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias.detach()
 
 
 def _array(values: Tensor) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -28,7 +28,7 @@ from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
 from hourglass.codec.train.classic import Classic
 from hourglass.codec.train.decoders import OPSET, Nodes, Reduced, by_row, decoder, reduced
-from hourglass.codec.train.network import Block, BytewiseBlock, Hourglass, Shape, unweave, weave, whole
+from hourglass.codec.train.network import Block, Filter, Hourglass, Shape, unweave, weave, whole
 from hourglass.codec.train.prior import (
     BYTE,
     HYPER,
@@ -141,14 +141,27 @@ class GradientGraph(nn.Module):
     def forward(self, latent: Tensor, image: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         net = self.synthesis
         core, rest = unweave(latent, net.core)
-        x, passed = core, []  # what the way back needs
+        x = core
+        slopes: list[Tensor] = []  # what the way back needs
         for block in net.coarse:
-            x, back = self._through(block, x)
-            passed.append(back)
+            assert isinstance(block, Block)
+            inner = block.expand(block.depthwise(x))
+            slopes.append(_silu_slope(inner))
+            x = x + block.project(F.silu(inner))
         x = F.pixel_shuffle(net.from_latent(x), 2)
-        for block in net.fine:
-            x, back = self._through(block, x)
-            passed.append(back)
+        weights: list[tuple[Tensor, Tensor]] = []
+        for own in net.fine:
+            assert isinstance(own, Filter)
+            seen, before = own.log_seen.exp(), own.log_before.exp()
+            weights.append((whole(own.depthwise.weight * seen[:, None], WEIGHT), whole(own.project.weight * before)))
+            depthwise, project = weights[-1]
+            bytes_, unclipped = _as_bytes(x / seen)
+            slopes.append(unclipped / seen)
+            bytes_, unclipped = _as_bytes(
+                F.conv2d(bytes_, depthwise, own.depthwise.bias, padding=1, groups=len(depthwise)) / before
+            )
+            slopes.append(unclipped / before)
+            x = x + F.conv2d(bytes_, project, own.project.bias)
         decoded = (net.from_trunk(net.overlap(x)) + F.pixel_shuffle(net.from_rest(rest), 2)) * 255
         _, _, h, w = decoded.shape
         wanted, counted = (
@@ -161,58 +174,24 @@ class GradientGraph(nn.Module):
         of_rest = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_rest.weight)
         g = F.conv_transpose2d(g, net.from_trunk.weight)
         g = F.conv_transpose2d(g, net.overlap.weight, padding=1, groups=len(net.overlap.weight))
-        for _ in net.fine:
-            g = self._back(passed.pop(), g)
+        for depthwise, project in reversed(weights):
+            of_before = F.conv_transpose2d(g, project) * slopes.pop()
+            of_seen = F.conv_transpose2d(of_before, depthwise, padding=1, groups=len(depthwise))
+            g = g + of_seen * slopes.pop()
         g = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_latent.weight)
-        for _ in net.coarse:
-            g = self._back(passed.pop(), g)
+        for block in reversed(net.coarse):
+            assert isinstance(block, Block)
+            of_inner = F.conv_transpose2d(g, block.project.weight) * slopes.pop()
+            of_before = F.conv_transpose2d(of_inner, block.expand.weight)
+            depthwise = block.depthwise.weight
+            g = g + F.conv_transpose2d(of_before, depthwise, padding=1, groups=len(depthwise))
         return error.square().sum(), weave(g, of_rest)
 
-    @staticmethod
-    def _through(block: nn.Module, x: Tensor) -> tuple[Tensor, _Back]:
-        assert isinstance(block, Block)
-        if not isinstance(block, BytewiseBlock):
-            inside = block.expand(block.depthwise(x))
-            weights = block.depthwise.weight, block.expand.weight, block.project.weight
-            back = _Back(*weights, torch.ones(()), torch.ones(()), _silu_slope(inside))
-            return x + block.project(F.silu(inside)), back
-        steps = {name: step.exp() for name, step in block.log_steps.items()}
 
-        def clipped(name: str, value: Tensor) -> tuple[Tensor, Tensor]:
-            """In whole steps, and 1 where it was not clipped."""
-            low, high = -block.zeros[name], 255 - block.zeros[name]
-            value = value / steps[name]
-            return value.round().clamp(low, high), ((value > low - 0.5) & (value < high + 0.5)).float()
-
-        depthwise = whole(block.depthwise.weight * steps["seen"][:, None], WEIGHT)
-        expand, project = whole(block.expand.weight * steps["before"]), whole(block.project.weight * steps["active"])
-        seen, of_seen = clipped("seen", x)
-        middle = F.conv2d(seen, depthwise, block.depthwise.bias, padding=1, groups=len(depthwise))
-        before, of_before = clipped("before", middle)
-        inside, of_inside = clipped("inside", F.conv2d(before, expand, block.expand.bias))
-        inside = inside * steps["inside"]
-        active, of_active = clipped("active", F.silu(inside))
-        inner = of_inside * of_active * _silu_slope(inside) / steps["active"]
-        back = _Back(depthwise, expand, project, of_seen / steps["seen"], of_before / steps["before"], inner)
-        return x + F.conv2d(active, project, block.project.bias), back
-
-    @staticmethod
-    def _back(back: _Back, g: Tensor) -> Tensor:
-        inside = F.conv_transpose2d(g, back.project) * back.inner
-        before = F.conv_transpose2d(inside, back.expand) * back.middle
-        return g + F.conv_transpose2d(before, back.depthwise, padding=1, groups=len(back.depthwise)) * back.outer
-
-
-class _Back(NamedTuple):
-    """What the way back through a block needs: weights of its layers, and what the gradient is multiplied by in front
-    of the first, of the second and of the third."""
-
-    depthwise: Tensor
-    expand: Tensor
-    project: Tensor
-    outer: Tensor
-    middle: Tensor
-    inner: Tensor
+def _as_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x, in steps, as bytes hold it, and 1 where it was not clipped."""
+    low, high = -Filter.ZERO, 255 - Filter.ZERO
+    return x.round().clamp(low, high), ((x > low - 0.5) & (x < high + 0.5)).float()
 
 
 def _silu_slope(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -42,9 +42,7 @@ SMOOTHED = 80
 ACTIVITY = 40.0
 """Mean square of the gradient, in grey levels for each pixel, at which an area counts a quarter in `uneven`."""
 
-_STEPS = "seen", "before", "inside", "active"
-
-_OF_ITSELF = (*(f"log_steps.{name}" for name in _STEPS), "prior.nearer")
+_OF_ITSELF = ("log_seen", "log_before", "prior.nearer")
 """Ends of the names of weights that need neither principal components nor latents to start from."""
 
 _TO_FIT = 64
@@ -226,7 +224,9 @@ def fresh(
             start_linear(net, [grey_of(p) if net.shape.colours == 1 else p for p in pictures], generator)
         net = net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     else:
-        taken = _start_from(net, start) if start else set()
+        taken = (
+            _start_from(net, start) | _filters_from(net, start, pieces, settings.crop, generator) if start else set()
+        )
         whole = all(name.endswith(_OF_ITSELF) for name in net.state_dict().keys() - taken)
         if not whole:
             start_from_pca(net, pictures, generator)
@@ -243,8 +243,8 @@ def fresh(
             start_prior(net, latents.pixels)
             if start:
                 _start_from(net, start)  # also what the latents would give
-        if missing := [name for name in _STEPS if f"synthesis.fine.0.log_steps.{name}" not in taken]:
-            fit_steps(net, pieces.crops(_TO_FIT, settings.crop, generator) / 255, missing)
+        if "synthesis.fine.0.log_seen" not in taken:
+            net.synthesis.fit_steps(_dequantised(net, pieces.crops(_TO_FIT, settings.crop, generator) / 255))
         side //= STRIDE
     torch.manual_seed(settings.seed + _rank())  # each process has noise of its own
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -253,11 +253,23 @@ def fresh(
 
 
 @torch.no_grad()
-def fit_steps(net: Hourglass, x: Tensor, names: Collection[str] = _STEPS) -> None:
-    """Choose steps of the synthesis' bytes, in place, for pictures (B, 3, H, W) at qualities from 0 to 100."""
+def _dequantised(net: Hourglass, x: Tensor) -> Tensor:
+    """What the synthesis gets of pictures (B, 3, H, W), at qualities from 0 to 100."""
     quality = torch.linspace(0, 100, len(x), device=x.device)
     y_hat, _, inverse = net.entropy(net.analysis(x), quality, "settle")
-    net.synthesis.fit_steps(y_hat * inverse, names)
+    return y_hat * inverse
+
+
+def _filters_from(net: Hourglass, path: Path, pieces: Pieces, crop: int, generator: torch.Generator) -> set[str]:
+    """Where a network has filters and a file blocks in their place, fit them to these; the names of the weights."""
+    values = torch.load(path, map_location="cpu", weights_only=True)
+    other = network_of(shape_of(values["shape"]))
+    if not isinstance(other, Hourglass) or net.shape.synthesis_hidden[0] or not other.shape.synthesis_hidden[0]:
+        return set()
+    other.load_state_dict(values["ema"])
+    x = pieces.crops(_TO_FIT, crop, generator).cpu() / 255
+    net.synthesis.fit_filters(other.synthesis, _dequantised(other, x))
+    return {f"synthesis.fine.{name}" for name in net.synthesis.fine.state_dict()}
 
 
 def start_classic(net: Classic, path: Path) -> None:

@@ -20,7 +20,7 @@ image compression", 2017). Gains per quality: Cui et al., "Asymmetric gained dee
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -47,12 +47,11 @@ class Shape:
     core: int = 320  # those of them that the residual blocks see; the others are linear in the picture
     analysis_blocks: tuple[int, int] = (3, 2)  # residual blocks at 1/8, at 1/16
     synthesis_blocks: tuple[int, int] = (4, 1)  # residual blocks at 1/8, at 1/16
-    synthesis_hidden: tuple[int, int] = (256, 128)  # channels inside these
+    synthesis_hidden: tuple[int, int] = (0, 128)  # channels inside these; 0: filters, which have none
     hyper: int = 96  # channels of the hyper-latent at 1/64 resolution
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
     bytewise: bool = True  # whether these, and the blocks of the synthesis at 1/8, work on bytes
-    seen_as_bytes: bool = True  # whether the blocks of the synthesis at 1/8 see bytes of what they add to
     centred: bool = True  # whether symbols stand for the centre of what becomes one, learned for each level
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.00045  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
@@ -69,8 +68,7 @@ class Shape:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Shape:
-        before = {"bytewise": False, "seen_as_bytes": False, "centred": False}  # there was a choice
-        values = before | values
+        values = {"bytewise": False, "centred": False} | values  # what was before there was a choice
         for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden"):
             values[key] = tuple(values[key])
         return Shape(**values)
@@ -118,25 +116,33 @@ class _Bytes(torch.autograd.Function):
         return grad.mul_((-log_step).exp().to(x.dtype)), -of_step, None
 
 
+def as_bytes(x: Tensor, log_step: Tensor, zero: int) -> Tensor:
+    """x (B, C, h, w) in steps, rounded to the integers that bytes hold of which `zero` stands for 0.
+
+    The step, given by its logarithm, is learned (Esser et al., "Learned step size quantization", 2020).
+    """
+    out: Tensor = _Bytes.apply(x, log_step, zero)  # type: ignore[no-untyped-call]
+    return out
+
+
 class BytewiseBlock(Block):
-    """The same with bytes before both 1x1 layers, which CPUs multiply several times as fast as floats.
+    """A block with bytes before both 1x1 layers, as hourglass-7 and -8 have them.
 
-    The sizes of their steps are learned (Esser et al., "Learned step size quantization", 2020), those of `before` for
-    each channel; `zeros` are the bytes that stand for 0. Weights are integers of 7 bits times a factor for each output.
-    What is added to x is no byte: where another machine rounds one byte otherwise, a pixel changes by one grey level at
-    most, which it would not if x had the steps of bytes.
-
-    seen: logarithms of the steps (C, 1, 1) of bytes that the depthwise layer sees in the place of x; blocks that add to
-    the same x share them. None where it sees floats, as it did in models before hourglass-9.
+    The steps of `before` are those of each channel; `zeros` are the bytes that stand for 0. Weights are integers of 7
+    bits times a factor for each output.
     """
 
-    zeros: ClassVar = {"seen": 128, "before": 128, "inside": 128, "active": 64}
+    zeros: ClassVar = {"before": 128, "inside": 128, "active": 64}
 
-    def __init__(self, channels: int, hidden: int, seen: nn.Parameter | None = None) -> None:
+    def __init__(self, channels: int, hidden: int) -> None:
         super().__init__(channels, hidden)
-        steps = {"before": nn.Parameter(torch.zeros(channels, 1, 1))}
-        steps |= {name: nn.Parameter(torch.zeros(())) for name in ("inside", "active")}
-        self.log_steps = nn.ParameterDict(steps if seen is None else {"seen": seen} | steps)
+        self.log_steps = nn.ParameterDict(
+            {
+                "before": nn.Parameter(torch.zeros(channels, 1, 1)),
+                "inside": nn.Parameter(torch.zeros(())),
+                "active": nn.Parameter(torch.zeros(())),
+            }
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weight = whole(self.project.weight * self.log_steps["active"].exp())
@@ -148,40 +154,73 @@ class BytewiseBlock(Block):
 
     def _active(self, x: Tensor) -> Tensor:
         """In steps."""
-        if "seen" in self.log_steps:
-            weight = whole(self.depthwise.weight * self.log_steps["seen"].exp()[:, None], WEIGHT)
-            x = self._bytes("seen", x)
-            before = F.conv2d(x, weight, self.depthwise.bias, padding=1, groups=len(weight))
-        else:
-            before = self.depthwise(x)
-        before = self._bytes("before", before)
+        before = self._bytes("before", self.depthwise(x))
         weight = whole(self.expand.weight * self.log_steps["before"].exp())
         inside = self._bytes("inside", F.conv2d(before, weight, self.expand.bias))
         return self._bytes("active", F.silu(inside * self.log_steps["inside"].exp()))
 
     def _bytes(self, name: str, x: Tensor) -> Tensor:
-        out: Tensor = _Bytes.apply(x, self.log_steps[name], self.zeros[name])  # type: ignore[no-untyped-call]
+        return as_bytes(x, self.log_steps[name], self.zeros[name])
+
+
+class Filter(nn.Module):
+    """Residual filter: x + W depthwise3x3(x), linear. (B, C, h, w) -> (B, C, h, w).
+
+    Blocks of the synthesis that had a SiLU between two 1x1 layers learned to be this, see NOTES.md; it is a quarter of
+    the work. Both layers work on bytes, which CPUs multiply several times as fast as floats: the first on x in the
+    steps `log_seen`, which filters that add to the same x share, so that none but a cast of x is left between products
+    of bytes; the second in steps of its own. Weights are integers of 8 and of 7 bits times a factor for each output.
+    What is added to x is no byte: where another machine rounds one byte otherwise, a pixel changes by one grey level
+    at most, which it would not if x had the steps of bytes.
+    """
+
+    ZERO = 128
+    """The byte that stands for 0."""
+
+    def __init__(self, channels: int, log_seen: nn.Parameter) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.project = nn.Conv2d(channels, channels, 1)
+        self.log_seen, self.log_before = log_seen, nn.Parameter(torch.zeros(channels, 1, 1))
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = whole(self.project.weight * self.log_before.exp())
+        return x + F.conv2d(self.before(x), weight, self.project.bias)
+
+    def before(self, x: Tensor) -> Tensor:
+        """What the second layer takes, (B, C, h, w), in steps."""
+        weight = whole(self.depthwise.weight * self.log_seen.exp()[:, None], WEIGHT)
+        seen = as_bytes(x, self.log_seen, self.ZERO)
+        filtered = F.conv2d(seen, weight, self.depthwise.bias, padding=1, groups=len(weight))
+        return as_bytes(filtered, self.log_before, self.ZERO)
+
+    @torch.no_grad()
+    def fit_steps(self, x: Tensor) -> Tensor:
+        """Choose the steps in place such that bytes just hold what they get of x (B, C, h, w); `log_seen` only rises.
+
+        Returns what the filter makes of x in floats.
+        """
+        before = self.depthwise(x)
+        for log_step, values in ((self.log_seen, x), (self.log_before, before)):
+            reach = values.abs().amax((0, 2, 3)).clamp(min=1e-3)
+            fitting = (reach / (255 - self.ZERO)).log().reshape(log_step.shape)
+            log_step.copy_(fitting if log_step is self.log_before else torch.maximum(fitting, log_step))
+        out: Tensor = x + self.project(before)
         return out
 
     @torch.no_grad()
-    def fit_steps(self, x: Tensor, names: Collection[str]) -> Tensor:
-        """Choose some of the steps for what x (B, C, h, w) becomes, in place, such that bytes just hold it; those of
-        what it sees only become larger.
-
-        Returns what the block makes of x in floats.
-        """
-        before = self.depthwise(x)
-        inside = self.expand(before)
-        active = F.silu(inside)
-        for name, values in (("seen", x), ("before", before), ("inside", inside), ("active", active)):
-            if name not in names or name not in self.log_steps:
-                continue
-            log_step = self.log_steps[name]
-            reach = values.abs().amax((0, 2, 3)) if log_step.dim() else values.abs().amax().reshape(1)
-            fitting = (reach.clamp(min=1e-3) / (255 - self.zeros[name])).log().reshape(log_step.shape)
-            log_step.copy_(torch.maximum(fitting, log_step) if name == "seen" else fitting)
-        out: Tensor = x + self.project(active)
-        return out
+    def fit(self, x: Tensor, wanted: Tensor) -> None:
+        """Choose the second layer in place such that x (B, C, h, w) becomes most like `wanted` (the same shape)."""
+        inputs, outputs = (v.permute(0, 2, 3, 1).flatten(0, 2).double() for v in (self.depthwise(x), wanted - x))
+        inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+        squares = inputs.T @ inputs
+        squares += torch.diag(squares.diagonal() * 1e-6)
+        solved = torch.linalg.solve(squares, inputs.T @ outputs).float()
+        assert self.project.bias is not None
+        self.project.weight.copy_(solved[:-1].T[:, :, None, None])
+        self.project.bias.copy_(solved[-1])
 
 
 def whole(weight: Tensor, largest: int = BYTE_WEIGHT) -> Tensor:
@@ -195,8 +234,8 @@ def row_factor(weight: Tensor, largest: int = BYTE_WEIGHT) -> Tensor:
     return weight.detach().abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / largest
 
 
-def _blocks(count: int, channels: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(*(Block(channels, hidden) for _ in range(count)))
+def _blocks(count: int, channels: int, hidden: int, kind: type[Block] = Block) -> nn.Sequential:
+    return nn.Sequential(*(kind(channels, hidden) for _ in range(count)))
 
 
 def weave(core: Tensor, rest: Tensor) -> Tensor:
@@ -270,10 +309,10 @@ class Synthesis(nn.Module):
     @staticmethod
     def _fine(shape: Shape) -> nn.Sequential:
         count, hidden = shape.synthesis_blocks[0], shape.synthesis_hidden[0]
-        if not shape.bytewise:
-            return _blocks(count, shape.trunk, hidden)
-        seen = nn.Parameter(torch.full((shape.trunk, 1, 1), LEAST_LOG_STEP)) if shape.seen_as_bytes else None
-        return nn.Sequential(*(BytewiseBlock(shape.trunk, hidden, seen) for _ in range(count)))
+        if hidden:
+            return _blocks(count, shape.trunk, hidden, BytewiseBlock if shape.bytewise else Block)
+        log_seen = nn.Parameter(torch.full((shape.trunk, 1, 1), LEAST_LOG_STEP))
+        return nn.Sequential(*(Filter(shape.trunk, log_seen) for _ in range(count)))
 
     def forward(self, y_hat: Tensor) -> Tensor:
         d = self.to_depth(y_hat)
@@ -289,13 +328,25 @@ class Synthesis(nn.Module):
         d: Tensor = self.from_trunk(self.overlap(self.fine(t)))
         return d
 
-    def fit_steps(self, y_hat: Tensor, names: Collection[str]) -> None:
-        """Choose steps of the blocks that work on bytes, in place, see `BytewiseBlock.fit_steps`."""
-        with torch.no_grad():
-            t = F.pixel_shuffle(self.from_latent(self.coarse(unweave(y_hat, self.core)[0])), 2)
-            for block in self.fine:
-                if isinstance(block, BytewiseBlock):
-                    t = block.fit_steps(t, names)
+    @torch.no_grad()
+    def fit_steps(self, y_hat: Tensor) -> None:
+        """Choose the steps of the filters, in place, see `Filter.fit_steps`."""
+        t = F.pixel_shuffle(self.from_latent(self.coarse(unweave(y_hat, self.core)[0])), 2)
+        for part in self.fine:
+            if isinstance(part, Filter):
+                t = part.fit_steps(t)
+
+    @torch.no_grad()
+    def fit_filters(self, other: Synthesis, y_hat: Tensor) -> None:
+        """Make the filters, in place, most like the blocks of another synthesis that is the same in front of them."""
+        t = wanted = F.pixel_shuffle(self.from_latent(self.coarse(unweave(y_hat, self.core)[0])), 2)
+        for own, block in zip(self.fine, other.fine, strict=True):
+            assert isinstance(own, Filter)
+            assert isinstance(block, Block)
+            own.depthwise.load_state_dict(block.depthwise.state_dict())
+            wanted = block(wanted)
+            own.fit(t, wanted)
+            t = own.fit_steps(t)
 
     def rest_to_depth(self, rest: Tensor) -> Tensor:
         return F.pixel_shuffle(self.from_rest(rest), 2)

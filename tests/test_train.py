@@ -40,7 +40,7 @@ from hourglass.codec.train.network import (
 
 IMAGES = Path(__file__).parent / "images"
 SHAPE = Shape(
-    trunk=32, latent=48, core=32, analysis_blocks=(1, 1), synthesis_blocks=(1, 1), hyper=16, features=32, hidden=32
+    trunk=32, latent=48, core=32, analysis_blocks=(1, 1), synthesis_blocks=(2, 1), hyper=16, features=32, hidden=32
 )
 SETTINGS = loop.Settings(steps=24, prior_steps=8, batch=4, crop=64, held_out=2, rate=1e-3)
 CPU = torch.device("cpu")
@@ -183,7 +183,11 @@ def test_average(run: Path, tmp_path: Path) -> None:
     one = run / "checkpoint.pt"
     net, values = load_checkpoint(one)
     torch.manual_seed(3)
-    moved = {name: value + 0.1 * torch.randn_like(value) for name, value in net.state_dict().items()}
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    moved = other.state_dict()
     torch.save({**values, "ema": moved, "step": 77}, tmp_path / "other.pt")
     average([one, tmp_path / "other.pt"], tmp_path / "mean.pt", [3, 1])
     mean, kept = load_checkpoint(tmp_path / "mean.pt")
@@ -452,7 +456,7 @@ def test_exported_centroids(net: Hourglass, zoo: Path) -> None:
 
 def test_gradient_graph_is_the_gradient(net: Hourglass, zoo: Path) -> None:
     """The written-out backward pass, against PyTorch's own, both with bytes rounded and clipped as they are decoded."""
-    assert any(isinstance(part, Filter) for part in net.modules())
+    assert [type(part) for part in net.synthesis.fine] == [Filter, BytewiseBlock]
     picture = image.read(IMAGES / "motocross.png")[:64, :128]
     x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
     latent = net.analysis(x / 255).detach().requires_grad_(True)
@@ -468,7 +472,7 @@ def test_bytes_of_a_filter() -> None:
     the rounding and the clip do to the value."""
     torch.manual_seed(3)
     log_seen = torch.nn.Parameter(torch.full((4, 1, 1), LEAST_LOG_STEP))
-    own, other = Filter(4, log_seen), Filter(4, log_seen)
+    own, other = Filter(4, log_seen), BytewiseBlock(4, 6, log_seen)
     with torch.no_grad():
         for parameter in (own.project.weight, own.project.bias):
             parameter.normal_()
@@ -496,7 +500,7 @@ def test_filters_take_the_place_of_blocks(tmp_path: Path) -> None:
     """From weights with blocks a network with filters starts as what is most like them: the same but for bytes where
     these are linear, and no step is learned anew."""
     torch.manual_seed(5)
-    old = Hourglass(replace(SHAPE, synthesis_blocks=(2, 1), synthesis_hidden=(24, 128)))
+    old = Hourglass(replace(SHAPE, filters=()))
     pieces = load_pieces(list_training(IMAGES), 64, CPU)
     generator = torch.Generator().manual_seed(2)
     start_from_pca(old, [piece.permute(2, 0, 1) for piece in pieces.pixels], generator)
@@ -514,9 +518,9 @@ def test_filters_take_the_place_of_blocks(tmp_path: Path) -> None:
     values = {"shape": old.shape.as_dict(), "ema": old.state_dict(), "settings": {}, "step": 0, "seconds": 0.0}
     torch.save(values, tmp_path / "old.pt")
     settings = replace(SETTINGS, prior_steps=0)
-    new = loop.fresh(settings, replace(SHAPE, synthesis_blocks=(2, 1)), pieces, CPU, tmp_path / "old.pt").net
+    new = loop.fresh(settings, replace(SHAPE, filters=(0,)), pieces, CPU, tmp_path / "old.pt").net
     assert isinstance(new, Hourglass)
-    assert all(isinstance(part, Filter) for part in new.synthesis.fine)
+    assert [type(part) for part in new.synthesis.fine] == [Filter, BytewiseBlock]
     with torch.no_grad():
         wanted, found = (net.synthesis.core_to_depth(unweave(latent, 32)[0]) for net in (old, new))
         plain = old.synthesis.from_trunk(old.synthesis.overlap(t))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass.codec.errors import InvalidArgument
-from hourglass.codec.train.network import Block, Filter, Hourglass, Synthesis, row_factor, unweave
+from hourglass.codec.train.network import ZERO, Block, BytewiseBlock, Filter, Hourglass, Synthesis, row_factor, unweave
 from hourglass.codec.train.prior import BYTE_WEIGHT, WEIGHT
 
 OPSET = 18
@@ -28,12 +28,19 @@ OPSET = 18
 _OF_RUNTIME = "com.microsoft"
 """onnxruntime's own operators."""
 
+_GATE = 1 / 256
+"""The step of the bytes that a sigmoid becomes."""
+
 _FEW = 16
 """Outputs of a 3x3 filter that onnxruntime computes at a time, as fast as fewer."""
 
 _KEPT = {4: 1, 8: 2}
-"""Filters at 1/8 that a smaller picture keeps, by its scale. At 1/8 a pixel is the mean of a block, which training
-makes exact: it takes two to match that."""
+"""Blocks and filters at 1/8 that a smaller picture keeps, by its scale. At 1/8 a pixel is the mean of a block, which
+training makes exact: it takes two to match that."""
+
+
+_Part: TypeAlias = BytewiseBlock | Filter
+"""What adds to the trunk."""
 
 
 class Nodes:
@@ -61,24 +68,24 @@ class Nodes:
 class Reduced(nn.Module):
     """What stands for the synthesis where a picture is decoded at 1/2, 1/4 or 1/8 of its size.
 
-    Of the filters at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them `fit` puts
-    one 3x3 filter; with few outputs it also does what the second layer of the last of these would.
+    Of the blocks and filters at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them
+    `fit` puts one linear 3x3 filter; with few outputs it also does what the projection of the last of these would.
     """
 
     def __init__(self, synthesis: Synthesis, scale: int) -> None:
         super().__init__()
         self.synthesis, self.scale, self.side = synthesis, scale, 8 // scale
-        kept = [part for part in synthesis.fine if isinstance(part, Filter)][: _KEPT.get(scale, 0)]
+        kept = [part for part in synthesis.fine if isinstance(part, _Part)][: _KEPT.get(scale, 0)]
         samples = 3 * self.side**2  # of the pixels at a position at 1/8 resolution
         self.last = kept.pop() if kept and samples < _FEW else None
         self.fine = nn.Sequential(*kept)
         trunk = synthesis.overlap.out_channels
-        self.head = nn.Conv2d(2 * trunk if self.last else trunk, samples, 3)
+        self.head = nn.Conv2d(trunk + (self.last.project.in_channels if self.last else 0), samples, 3)
 
     def features(self, core: Tensor) -> Tensor:
         """core (1, c, h, w) -> what the filter takes (1, t, 2 h, 2 w); beyond it, it sees the edge again."""
         t: Tensor = self.fine(F.pixel_shuffle(self.synthesis.from_latent(self.synthesis.coarse(core)), 2))
-        return torch.cat([t, self.last.before(t) * self.last.log_before.exp()], 1) if self.last else t
+        return torch.cat([t, self.last.active(t)], 1) if self.last else t
 
     @torch.no_grad()
     def fit(self, latents: Iterable[Tensor]) -> None:
@@ -107,13 +114,13 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
     that are wanted, 16x16 pixels each. rest (1, r, h', w') float32 of these alone, or zeros (1, r, 1, 1) where it is
     all zero, which saves its work.
 
-    Raises `InvalidArgument` for a network that has blocks in the place of filters.
+    Raises `InvalidArgument` for a network that sees floats there.
     """
     synthesis, graph = net.synthesis, _Decoder(net.synthesis)
     t, wanted = graph.trunk(), graph.wanted()
-    for number, own in enumerate(graph.filters):
-        left, is_middle = len(graph.filters) - number, number == len(graph.filters) // 2
-        t, wanted = graph.filter(f"fine.{number}", own, t, wanted, left if is_middle else None)
+    for number, own in enumerate(graph.parts):
+        left, is_middle = len(graph.parts) - number, number == len(graph.parts) // 2
+        t, wanted = graph.part(f"fine.{number}", own, t, wanted, left if is_middle else None)
     overlap = copy.deepcopy(synthesis.overlap)
     overlap.weight.data *= graph.step[:, None]
     seen = graph.cut(graph.convolve("overlap", graph.add("Transpose", t, perm=[0, 3, 1, 2]), overlap), wanted, (2, 3))
@@ -129,14 +136,15 @@ def reduced(small: Reduced) -> onnx.ModelProto:
     """reduced-2.onnx, -4, -8: what decoder.onnx takes -> image (1, H / scale, W / scale, 3) uint8."""
     graph = _Decoder(small.synthesis)
     t, wanted, side = graph.trunk(), graph.wanted(), small.side
-    kept = graph.filters[: len(small.fine)]
+    kept = graph.parts[: len(small.fine)]
     for number, own in enumerate(kept):
-        t, _ = graph.filter(f"fine.{number}", own, t, wanted)
+        t, _ = graph.part(f"fine.{number}", own, t, wanted)
     weight, bias, trunk = small.head.weight.clone(), small.head.bias, len(graph.step)
     assert bias is not None
     if small.last:
-        before = graph.floats(graph.before(f"fine.{len(kept)}", small.last, t))
-        weight[:, trunk:] *= small.last.log_before.exp()
+        inner, step, zero = graph.inner(f"fine.{len(kept)}", small.last, t)
+        weight[:, trunk:] *= step.reshape(-1, 1, 1)
+        before = graph.add("DequantizeLinear", inner, graph.number(1), graph.zero(zero))
         t = graph.add("Concat", t, before, axis=3)
     weight[:, :trunk] *= graph.step
     weight, bias = 255 * weight, 255 * bias
@@ -162,13 +170,12 @@ class _Decoder(Nodes):
 
     def __init__(self, synthesis: Synthesis) -> None:
         super().__init__("")
-        self.filters = [part for part in synthesis.fine if isinstance(part, Filter)]
-        if not self.filters or len(self.filters) < len(synthesis.fine):
-            raise InvalidArgument(
-                "the synthesis has blocks in the place of filters; such a network is exported no more"
-            )
+        self.parts = [part for part in synthesis.fine if isinstance(part, _Part)]
+        seen = [part.log_seen for part in self.parts]
+        if not seen or seen[0] is None or len(seen) < len(synthesis.fine):
+            raise InvalidArgument("the synthesis does not see bytes; such a network is exported no more")
         self.synthesis = synthesis
-        self.step = self.filters[0].log_seen.detach().exp()
+        self.step = seen[0].detach().exp()
 
     def whole_numbers(self, *values: int) -> str:
         return self.constant(np.array(values, np.int64))
@@ -235,48 +242,72 @@ class _Decoder(Nodes):
         whole = (self.whole_numbers(1), self.add("Mul", h, two), self.add("Mul", w, two), self.whole_numbers(channels))
         return self.add("Reshape", rows, self.add("Concat", *whole, axis=0))
 
-    def filter(self, name: str, own: Filter, t: str, wanted: str, left: int | None = None) -> tuple[str, str]:
-        """A filter, and the ends of what is wanted in what it gives.
+    def part(self, name: str, own: _Part, t: str, wanted: str, left: int | None = None) -> tuple[str, str]:
+        """A block or filter, and the ends of what is wanted in what it gives.
 
-        left: what the wanted positions look at no more is left out from here on, where so many filters are to come,
-        with this one. Once: it moves the floats of t.
+        left: what the wanted positions look at no more is left out from here on, where so many are to come, with this
+        one. Once: it moves the floats of t.
         """
-        before = self.before(name, own, t)
+        before = self._before(name, own, t)
         if left is not None:
             kept = self.add("Add", wanted, self.whole_numbers(-left, left, -left, left))
             kept = self.add("Max", kept, self.whole_numbers(0))
             t, before = self.cut(t, kept, (1, 2)), self.cut(before, kept, (1, 2))
             wanted = self.add("Sub", wanted, self.add("Gather", kept, self.whole_numbers(0, 0, 2, 2)))
-        trunk, (integers, factor) = self.step.flatten(), _integers(own.project.weight * own.log_before.exp())
+        inner, step, zero = self._inner(name, own, before)
+        trunk, (integers, factor) = self.step.flatten(), _integers(own.project.weight * step)
         # A matrix product, a cast, a scale and a bias in one: three passes over the floats less.
         inputs = (
             self.constant(np.ascontiguousarray(integers[:, :, 0, 0].T)),
             self.number(1),
             self.constant(_array(factor / trunk)),
-            self._zero(),
+            self.zero(zero),
             "",
             self.constant(_array(_bias(own.project) / trunk)),
         )
-        added = self.add("MatMulIntegerToFloat", before, *inputs, name=f"{name}.project", domain=_OF_RUNTIME)
+        added = self.add("MatMulIntegerToFloat", inner, *inputs, name=f"{name}.project", domain=_OF_RUNTIME)
         return self.add("Add", t, added), wanted
 
-    def before(self, name: str, own: Filter, t: str) -> str:
-        """The bytes between the layers of a filter, (1, h, w, t)."""
-        seen = self.add("QuantizeLinear", t, self.number(1), self._zero())
-        integers, factor = _integers(own.depthwise.weight * self.step[:, None], WEIGHT)
-        bias = np.rint(_array(_bias(own.depthwise) / factor)).astype(np.int32)
-        after = factor / own.log_before.exp().flatten()
-        constants: list[NDArray[Any]] = [integers, _array(after), np.array(0, np.int8)]
-        inputs = self.number(1), self._zero(), *map(self.constant, constants), self.number(1), self._zero()
-        attributes = {"group": len(integers), "pads": [1] * 4, "channels_last": 1, "domain": _OF_RUNTIME}
-        return self.add("QLinearConv", seen, *inputs, self.constant(bias), name=f"{name}.depthwise", **attributes)
+    def inner(self, name: str, own: _Part, t: str) -> tuple[str, Tensor, int]:
+        """The bytes that the projection of a block or filter takes, (1, h, w, inside); their steps, (inside, 1, 1) or
+        (), and which of them stands for 0."""
+        return self._inner(name, own, self._before(name, own, t))
 
-    def floats(self, x: str) -> str:
-        """Bytes as what they stand for, in steps."""
-        return self.add("DequantizeLinear", x, self.number(1), self._zero())
+    def _before(self, name: str, own: _Part, t: str) -> str:
+        """The bytes behind the depthwise layer, (1, h, w, t)."""
+        seen = self.add("QuantizeLinear", t, self.number(1), self.zero(ZERO))
+        weight = own.depthwise.weight * self.step[:, None]
+        attributes = {"group": len(weight), "pads": [1] * 4}
+        return self._bytes(f"{name}.depthwise", seen, weight, _bias(own.depthwise), _step(own), WEIGHT, **attributes)
 
-    def _zero(self) -> str:
-        return self.constant(np.array(Filter.ZERO, np.uint8))
+    def _inner(self, name: str, own: _Part, before: str) -> tuple[str, Tensor, int]:
+        if isinstance(own, Filter):
+            return before, _step(own), ZERO
+        steps, zeros = {key: value.detach().exp() for key, value in own.log_steps.items()}, own.zeros
+        weight = own.expand.weight * steps["before"]
+        inside = self._bytes(f"{name}.expand", before, weight, _bias(own.expand), steps["inside"], BYTE_WEIGHT)
+        value = self.number(float(steps["inside"])), self.zero(zeros["inside"])
+        gate = self.number(_GATE), self.zero(0)
+        sigmoid = self.add("QLinearSigmoid", inside, *value, *gate, domain=_OF_RUNTIME)
+        after = self.number(float(steps["active"])), self.zero(zeros["active"])
+        active = self.add("QLinearMul", inside, *value, sigmoid, *gate, *after, domain=_OF_RUNTIME)
+        return active, steps["active"], zeros["active"]
+
+    def _bytes(
+        self, name: str, x: str, weight: Tensor, bias: Tensor, after: Tensor, largest: int, **attributes: Any
+    ) -> str:
+        """A convolution of bytes, weight (O, I, k, k) in their steps, to bytes of steps `after`, (O, 1, 1) or ()."""
+        integers, factor = _integers(weight, largest)
+        scale = _array(factor / after.flatten())
+        constants: list[NDArray[Any]] = [integers, scale, np.array(0, np.int8)]
+        inputs = self.number(1), self.zero(ZERO), *map(self.constant, constants), self.number(1), self.zero(ZERO)
+        whole_bias = self.constant(np.rint(_array(bias / factor)).astype(np.int32))
+        attributes |= {"name": name, "domain": _OF_RUNTIME, "channels_last": 1}
+        return self.add("QLinearConv", x, *inputs, whole_bias, **attributes)
+
+    def zero(self, value: int) -> str:
+        """The byte that stands for 0."""
+        return self.constant(np.array(value, np.uint8))
 
     def finished(self, d: str, rest: Tensor, side: int) -> onnx.ModelProto:
         """The model: d (1, 2 h', 2 w', 3 side^2), grey levels, and what rest adds -> image (1, 2 side h', ..., 3).
@@ -320,6 +351,11 @@ def _integers(weight: Tensor, largest: int = BYTE_WEIGHT) -> tuple[NDArray[np.in
     """Integer weights (O, I, k, k) as training has them, and what the sums of each output are worth, (O,)."""
     factor = row_factor(weight, largest)
     return (weight.detach() / factor).round().numpy().astype(np.int8), factor.flatten()
+
+
+def _step(own: _Part) -> Tensor:
+    """(t, 1, 1): the steps of the bytes behind the depthwise layer."""
+    return (own.log_before if isinstance(own, Filter) else own.log_steps["before"]).detach().exp()
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

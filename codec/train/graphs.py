@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import onnx
@@ -28,7 +28,7 @@ from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
 from hourglass.codec.train.classic import Classic
 from hourglass.codec.train.decoders import OPSET, Nodes, Reduced, by_row, decoder, reduced
-from hourglass.codec.train.network import Block, Filter, Hourglass, Shape, unweave, weave, whole
+from hourglass.codec.train.network import ZERO, Block, BytewiseBlock, Filter, Hourglass, Shape, unweave, weave, whole
 from hourglass.codec.train.prior import (
     BYTE,
     HYPER,
@@ -149,19 +149,11 @@ class GradientGraph(nn.Module):
             slopes.append(_silu_slope(inner))
             x = x + block.project(F.silu(inner))
         x = F.pixel_shuffle(net.from_latent(x), 2)
-        weights: list[tuple[Tensor, Tensor]] = []
-        for own in net.fine:
-            assert isinstance(own, Filter)
-            seen, before = own.log_seen.exp(), own.log_before.exp()
-            weights.append((whole(own.depthwise.weight * seen[:, None], WEIGHT), whole(own.project.weight * before)))
-            depthwise, project = weights[-1]
-            bytes_, unclipped = _as_bytes(x / seen)
-            slopes.append(unclipped / seen)
-            bytes_, unclipped = _as_bytes(
-                F.conv2d(bytes_, depthwise, own.depthwise.bias, padding=1, groups=len(depthwise)) / before
-            )
-            slopes.append(unclipped / before)
-            x = x + F.conv2d(bytes_, project, own.project.bias)
+        backs: list[_Back] = []
+        for part in net.fine:
+            assert isinstance(part, BytewiseBlock | Filter)
+            x, back = _through(part, x)
+            backs.append(back)
         decoded = (net.from_trunk(net.overlap(x)) + F.pixel_shuffle(net.from_rest(rest), 2)) * 255
         _, _, h, w = decoded.shape
         wanted, counted = (
@@ -174,10 +166,11 @@ class GradientGraph(nn.Module):
         of_rest = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_rest.weight)
         g = F.conv_transpose2d(g, net.from_trunk.weight)
         g = F.conv_transpose2d(g, net.overlap.weight, padding=1, groups=len(net.overlap.weight))
-        for depthwise, project in reversed(weights):
-            of_before = F.conv_transpose2d(g, project) * slopes.pop()
-            of_seen = F.conv_transpose2d(of_before, depthwise, padding=1, groups=len(depthwise))
-            g = g + of_seen * slopes.pop()
+        for back in reversed(backs):
+            way = g
+            for weight, slope in back:
+                way = F.conv_transpose2d(way, weight, padding=weight.shape[2] // 2, groups=_groups(weight)) * slope
+            g = g + way
         g = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_latent.weight)
         for block in reversed(net.coarse):
             assert isinstance(block, Block)
@@ -188,9 +181,42 @@ class GradientGraph(nn.Module):
         return error.square().sum(), weave(g, of_rest)
 
 
-def _as_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x, in steps, as bytes hold it, and 1 where it was not clipped."""
-    low, high = -Filter.ZERO, 255 - Filter.ZERO
+_Back: TypeAlias = list[tuple[Tensor, Tensor]]
+"""The way back through a block or filter, by layers: the weight, and what the gradient is multiplied by before it."""
+
+
+def _through(part: BytewiseBlock | Filter, x: Tensor) -> tuple[Tensor, _Back]:
+    """What a block or filter makes of x, (1, C, h, w), and the way back."""
+    assert part.log_seen is not None
+    seen, filtered = part.log_seen.exp(), part.log_before if isinstance(part, Filter) else part.log_steps["before"]
+    before = filtered.exp()
+    depthwise = whole(part.depthwise.weight * seen[:, None], WEIGHT)
+    inner, slope = _as_bytes(x / seen, ZERO)
+    back = [(depthwise, slope / seen)]
+    inner = F.conv2d(inner, depthwise, part.depthwise.bias, padding=1, groups=len(depthwise))
+    inner, slope = _as_bytes(inner / before, ZERO)
+    slope, step = slope / before, before
+    if isinstance(part, BytewiseBlock):
+        expand = whole(part.expand.weight * before)
+        back.append((expand, slope))
+        steps = {name: part.log_steps[name].exp() for name in ("inside", "active")}
+        inner, slope = _as_bytes(F.conv2d(inner, expand, part.expand.bias) / steps["inside"], part.zeros["inside"])
+        value = inner * steps["inside"]
+        inner, unclipped = _as_bytes(F.silu(value) / steps["active"], part.zeros["active"])
+        slope, step = slope * unclipped * _silu_slope(value) / steps["active"], steps["active"]
+    project = whole(part.project.weight * step)
+    back.append((project, slope))
+    return x + F.conv2d(inner, project, part.project.bias), back[::-1]
+
+
+def _groups(weight: Tensor) -> int:
+    """Of a layer that is depthwise or has no groups."""
+    return len(weight) if weight.shape[1] == 1 else 1
+
+
+def _as_bytes(x: Tensor, zero: int) -> tuple[Tensor, Tensor]:
+    """x, in steps, as bytes hold it of which `zero` stands for 0, and 1 where it was not clipped."""
+    low, high = -zero, 255 - zero
     return x.round().clamp(low, high), ((x > low - 0.5) & (x < high + 0.5)).float()
 
 

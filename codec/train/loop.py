@@ -42,7 +42,7 @@ SMOOTHED = 80
 ACTIVITY = 40.0
 """Mean square of the gradient, in grey levels for each pixel, at which an area counts a quarter in `uneven`."""
 
-_OF_ITSELF = ("log_seen", "log_before", "prior.nearer")
+_OF_ITSELF = ("log_seen", "log_before", "log_steps.before", "log_steps.inside", "log_steps.active", "prior.nearer")
 """Ends of the names of weights that need neither principal components nor latents to start from."""
 
 _TO_FIT = 64
@@ -264,7 +264,7 @@ def _filters_from(net: Hourglass, path: Path, pieces: Pieces, crop: int, generat
     """Where a network has filters and a file blocks in their place, fit them to these; the names of the weights."""
     values = torch.load(path, map_location="cpu", weights_only=True)
     other = network_of(shape_of(values["shape"]))
-    if not isinstance(other, Hourglass) or net.shape.synthesis_hidden[0] or not other.shape.synthesis_hidden[0]:
+    if not isinstance(other, Hourglass) or not net.shape.filters or other.shape.filters:
         return set()
     other.load_state_dict(values["ema"])
     x = pieces.crops(_TO_FIT, crop, generator).cpu() / 255

@@ -37,6 +37,9 @@ LEAST_UNIT = -59
 LEAST_LOG_STEP = -20.0
 """Where the steps of bytes begin that only become larger."""
 
+ZERO = 128
+"""The byte that stands for 0, but for `BytewiseBlock.zeros`."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -47,7 +50,8 @@ class Shape:
     core: int = 320  # those of them that the residual blocks see; the others are linear in the picture
     analysis_blocks: tuple[int, int] = (3, 2)  # residual blocks at 1/8, at 1/16
     synthesis_blocks: tuple[int, int] = (4, 1)  # residual blocks at 1/8, at 1/16
-    synthesis_hidden: tuple[int, int] = (0, 128)  # channels inside these; 0: filters, which have none
+    synthesis_hidden: tuple[int, int] = (256, 128)  # channels inside these
+    filters: tuple[int, ...] = (0, 2, 3)  # which of those at 1/8 are linear filters, with nothing inside
     hyper: int = 96  # channels of the hyper-latent at 1/64 resolution
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
@@ -68,8 +72,9 @@ class Shape:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Shape:
-        values = {"bytewise": False, "centred": False} | values  # what was before there was a choice
-        for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden"):
+        before: dict[str, Any] = {"bytewise": False, "filters": (), "centred": False}  # there was a choice
+        values = before | values
+        for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden", "filters"):
             values[key] = tuple(values[key])
         return Shape(**values)
 
@@ -126,16 +131,22 @@ def as_bytes(x: Tensor, log_step: Tensor, zero: int) -> Tensor:
 
 
 class BytewiseBlock(Block):
-    """A block with bytes before both 1x1 layers, as hourglass-7 and -8 have them.
+    """A block with bytes before both 1x1 layers, which CPUs multiply several times as fast as floats.
 
     The steps of `before` are those of each channel; `zeros` are the bytes that stand for 0. Weights are integers of 7
-    bits times a factor for each output.
+    bits times a factor for each output. What is added to x is no byte: where another machine rounds one byte otherwise,
+    a pixel changes by one grey level at most, which it would not if x had the steps of bytes.
+
+    log_seen: the depthwise layer sees x as bytes of these steps (C, 1, 1), too; all that adds to the same x shares
+    them, so that none but a cast of x is left between products of bytes. None where it sees floats, as in models
+    before hourglass-9.
     """
 
     zeros: ClassVar = {"before": 128, "inside": 128, "active": 64}
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, log_seen: nn.Parameter | None = None) -> None:
         super().__init__(channels, hidden)
+        self.log_seen = log_seen
         self.log_steps = nn.ParameterDict(
             {
                 "before": nn.Parameter(torch.zeros(channels, 1, 1)),
@@ -154,7 +165,8 @@ class BytewiseBlock(Block):
 
     def _active(self, x: Tensor) -> Tensor:
         """In steps."""
-        before = self._bytes("before", self.depthwise(x))
+        filtered = self.depthwise(x) if self.log_seen is None else _filtered(x, self.depthwise, self.log_seen)
+        before = self._bytes("before", filtered)
         weight = whole(self.expand.weight * self.log_steps["before"].exp())
         inside = self._bytes("inside", F.conv2d(before, weight, self.expand.bias))
         return self._bytes("active", F.silu(inside * self.log_steps["inside"].exp()))
@@ -162,20 +174,31 @@ class BytewiseBlock(Block):
     def _bytes(self, name: str, x: Tensor) -> Tensor:
         return as_bytes(x, self.log_steps[name], self.zeros[name])
 
+    @torch.no_grad()
+    def fit_steps(self, x: Tensor) -> Tensor:
+        """Choose the steps for what x (B, C, h, w) becomes, in place, such that bytes just hold it; `log_seen` only
+        rises.
+
+        Returns what the block makes of x in floats.
+        """
+        before = self.depthwise(x)
+        inside = self.expand(before)
+        active = F.silu(inside)
+        if self.log_seen is not None:
+            raise_steps(self.log_seen, x)
+        for name, values in (("before", before), ("inside", inside), ("active", active)):
+            log_step = self.log_steps[name]
+            log_step.copy_(_fitting(values, log_step, self.zeros[name]))
+        out: Tensor = x + self.project(active)
+        return out
+
 
 class Filter(nn.Module):
     """Residual filter: x + W depthwise3x3(x), linear. (B, C, h, w) -> (B, C, h, w).
 
-    Blocks of the synthesis that had a SiLU between two 1x1 layers learned to be this, see NOTES.md; it is a quarter of
-    the work. Both layers work on bytes, which CPUs multiply several times as fast as floats: the first on x in the
-    steps `log_seen`, which filters that add to the same x share, so that none but a cast of x is left between products
-    of bytes; the second in steps of its own. Weights are integers of 8 and of 7 bits times a factor for each output.
-    What is added to x is no byte: where another machine rounds one byte otherwise, a pixel changes by one grey level
-    at most, which it would not if x had the steps of bytes.
+    Most blocks of the synthesis that had a SiLU between two 1x1 layers learned to be this, see NOTES.md; it is a
+    quarter of the work. Both layers work on bytes, as in `BytewiseBlock`.
     """
-
-    ZERO = 128
-    """The byte that stands for 0."""
 
     def __init__(self, channels: int, log_seen: nn.Parameter) -> None:
         super().__init__()
@@ -187,26 +210,22 @@ class Filter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = whole(self.project.weight * self.log_before.exp())
-        return x + F.conv2d(self.before(x), weight, self.project.bias)
+        return x + F.conv2d(self._before(x), weight, self.project.bias)
 
-    def before(self, x: Tensor) -> Tensor:
-        """What the second layer takes, (B, C, h, w), in steps."""
-        weight = whole(self.depthwise.weight * self.log_seen.exp()[:, None], WEIGHT)
-        seen = as_bytes(x, self.log_seen, self.ZERO)
-        filtered = F.conv2d(seen, weight, self.depthwise.bias, padding=1, groups=len(weight))
-        return as_bytes(filtered, self.log_before, self.ZERO)
+    def active(self, x: Tensor) -> Tensor:
+        """What the projection takes: (B, C, h, w) -> (B, C, h, w)."""
+        return self._before(x) * self.log_before.exp()
+
+    def _before(self, x: Tensor) -> Tensor:
+        """In steps."""
+        return as_bytes(_filtered(x, self.depthwise, self.log_seen), self.log_before, ZERO)
 
     @torch.no_grad()
     def fit_steps(self, x: Tensor) -> Tensor:
-        """Choose the steps in place such that bytes just hold what they get of x (B, C, h, w); `log_seen` only rises.
-
-        Returns what the filter makes of x in floats.
-        """
+        """As `BytewiseBlock.fit_steps`."""
         before = self.depthwise(x)
-        for log_step, values in ((self.log_seen, x), (self.log_before, before)):
-            reach = values.abs().amax((0, 2, 3)).clamp(min=1e-3)
-            fitting = (reach / (255 - self.ZERO)).log().reshape(log_step.shape)
-            log_step.copy_(fitting if log_step is self.log_before else torch.maximum(fitting, log_step))
+        raise_steps(self.log_seen, x)
+        self.log_before.copy_(_fitting(before, self.log_before, ZERO))
         out: Tensor = x + self.project(before)
         return out
 
@@ -223,6 +242,24 @@ class Filter(nn.Module):
         self.project.bias.copy_(solved[-1])
 
 
+def _filtered(x: Tensor, layer: nn.Conv2d, log_seen: Tensor) -> Tensor:
+    """What a depthwise layer with weights of 8 bits makes of the bytes that it sees of x."""
+    weight = whole(layer.weight * log_seen.exp()[:, None], WEIGHT)
+    return F.conv2d(as_bytes(x, log_seen, ZERO), weight, layer.bias, padding=1, groups=len(weight))
+
+
+@torch.no_grad()
+def raise_steps(log_seen: Tensor, x: Tensor) -> None:
+    """Raise steps, in place, where bytes of them do not hold x (B, C, h, w)."""
+    log_seen.copy_(torch.maximum(_fitting(x, log_seen, ZERO), log_seen))
+
+
+def _fitting(values: Tensor, log_step: Tensor, zero: int) -> Tensor:
+    """The logarithm of the steps, of the shape of `log_step`, of which bytes just hold values (B, C, h, w)."""
+    reach = values.abs().amax((0, 2, 3)) if log_step.dim() else values.abs().amax().reshape(1)
+    return (reach.clamp(min=1e-3) / (255 - zero)).log().reshape(log_step.shape)
+
+
 def whole(weight: Tensor, largest: int = BYTE_WEIGHT) -> Tensor:
     """A weight (O, I, k, k) rounded to integers of at most `largest` times a factor for each output."""
     factor = row_factor(weight, largest)
@@ -234,8 +271,8 @@ def row_factor(weight: Tensor, largest: int = BYTE_WEIGHT) -> Tensor:
     return weight.detach().abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12) / largest
 
 
-def _blocks(count: int, channels: int, hidden: int, kind: type[Block] = Block) -> nn.Sequential:
-    return nn.Sequential(*(kind(channels, hidden) for _ in range(count)))
+def _blocks(count: int, channels: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(*(Block(channels, hidden) for _ in range(count)))
 
 
 def weave(core: Tensor, rest: Tensor) -> Tensor:
@@ -309,10 +346,17 @@ class Synthesis(nn.Module):
     @staticmethod
     def _fine(shape: Shape) -> nn.Sequential:
         count, hidden = shape.synthesis_blocks[0], shape.synthesis_hidden[0]
-        if hidden:
-            return _blocks(count, shape.trunk, hidden, BytewiseBlock if shape.bytewise else Block)
-        log_seen = nn.Parameter(torch.full((shape.trunk, 1, 1), LEAST_LOG_STEP))
-        return nn.Sequential(*(Filter(shape.trunk, log_seen) for _ in range(count)))
+        if not shape.bytewise:
+            return _blocks(count, shape.trunk, hidden)
+        log_seen = nn.Parameter(torch.full((shape.trunk, 1, 1), LEAST_LOG_STEP)) if shape.filters else None
+        return nn.Sequential(
+            *(
+                Filter(shape.trunk, log_seen)
+                if log_seen is not None and number in shape.filters
+                else BytewiseBlock(shape.trunk, hidden, log_seen)
+                for number in range(count)
+            )
+        )
 
     def forward(self, y_hat: Tensor) -> Tensor:
         d = self.to_depth(y_hat)
@@ -330,23 +374,26 @@ class Synthesis(nn.Module):
 
     @torch.no_grad()
     def fit_steps(self, y_hat: Tensor) -> None:
-        """Choose the steps of the filters, in place, see `Filter.fit_steps`."""
+        """Choose the steps of what works on bytes, in place, see `BytewiseBlock.fit_steps`."""
         t = F.pixel_shuffle(self.from_latent(self.coarse(unweave(y_hat, self.core)[0])), 2)
         for part in self.fine:
-            if isinstance(part, Filter):
+            if isinstance(part, BytewiseBlock | Filter):
                 t = part.fit_steps(t)
 
     @torch.no_grad()
     def fit_filters(self, other: Synthesis, y_hat: Tensor) -> None:
-        """Make the filters, in place, most like the blocks of another synthesis that is the same in front of them."""
+        """Make the filters, in place, most like the blocks of another synthesis that is else the same."""
         t = wanted = F.pixel_shuffle(self.from_latent(self.coarse(unweave(y_hat, self.core)[0])), 2)
         for own, block in zip(self.fine, other.fine, strict=True):
-            assert isinstance(own, Filter)
             assert isinstance(block, Block)
-            own.depthwise.load_state_dict(block.depthwise.state_dict())
             wanted = block(wanted)
-            own.fit(t, wanted)
-            t = own.fit_steps(t)
+            if isinstance(own, Filter):
+                own.depthwise.load_state_dict(block.depthwise.state_dict())
+                own.fit(t, wanted)
+                t = own.fit_steps(t)
+            elif isinstance(own, BytewiseBlock) and own.log_seen is not None:
+                raise_steps(own.log_seen, t)
+                t = own(t)
 
     def rest_to_depth(self, rest: Tensor) -> Tensor:
         return F.pixel_shuffle(self.from_rest(rest), 2)

@@ -34,11 +34,6 @@ _GATE = 1 / 256
 _FEW = 16
 """Outputs of a 3x3 filter that onnxruntime computes at a time, as fast as fewer."""
 
-_KEPT = {4: 1, 8: 2}
-"""Blocks and filters at 1/8 that a smaller picture keeps, by its scale. At 1/8 a pixel is the mean of a block, which
-training makes exact: it takes two to match that."""
-
-
 _Part: TypeAlias = BytewiseBlock | Filter
 """What adds to the trunk."""
 
@@ -68,24 +63,25 @@ class Nodes:
 class Reduced(nn.Module):
     """What stands for the synthesis where a picture is decoded at 1/2, 1/4 or 1/8 of its size.
 
-    Of the blocks and filters at 1/8 resolution the first few are kept, see `_KEPT`. In the place of what follows them
-    `fit` puts one linear 3x3 filter; with few outputs it also does what the projection of the last of these would.
+    In the place of all that adds to the trunk and of what follows `fit` puts one linear 3x3 filter. With few outputs it
+    also sees what the projection of the first block or filter would take: it does the projection's work, too. With many
+    it takes the block at 1/16 resolution upon itself.
     """
 
     def __init__(self, synthesis: Synthesis, scale: int) -> None:
         super().__init__()
         self.synthesis, self.scale, self.side = synthesis, scale, 8 // scale
-        kept = [part for part in synthesis.fine if isinstance(part, _Part)][: _KEPT.get(scale, 0)]
         samples = 3 * self.side**2  # of the pixels at a position at 1/8 resolution
-        self.last = kept.pop() if kept and samples < _FEW else None
-        self.fine = nn.Sequential(*kept)
+        first = synthesis.fine[0]
+        self.first = first if isinstance(first, _Part) and samples < _FEW else None
+        self.coarse = synthesis.coarse if self.first else nn.Sequential()
         trunk = synthesis.overlap.out_channels
-        self.head = nn.Conv2d(trunk + (self.last.project.in_channels if self.last else 0), samples, 3)
+        self.head = nn.Conv2d(trunk + (self.first.project.in_channels if self.first else 0), samples, 3)
 
     def features(self, core: Tensor) -> Tensor:
         """core (1, c, h, w) -> what the filter takes (1, t, 2 h, 2 w); beyond it, it sees the edge again."""
-        t: Tensor = self.fine(F.pixel_shuffle(self.synthesis.from_latent(self.synthesis.coarse(core)), 2))
-        return torch.cat([t, self.last.active(t)], 1) if self.last else t
+        t = F.pixel_shuffle(self.synthesis.from_latent(self.coarse(core)), 2)
+        return torch.cat([t, self.first.active(t)], 1) if self.first else t
 
     @torch.no_grad()
     def fit(self, latents: Iterable[Tensor]) -> None:
@@ -117,7 +113,7 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
     Raises `InvalidArgument` for a network that sees floats there.
     """
     synthesis, graph = net.synthesis, _Decoder(net.synthesis)
-    t, wanted = graph.trunk(), graph.wanted()
+    t, wanted = graph.trunk(len(synthesis.coarse)), graph.wanted()
     for number, own in enumerate(graph.parts):
         left, is_middle = len(graph.parts) - number, number == len(graph.parts) // 2
         t, wanted = graph.part(f"fine.{number}", own, t, wanted, left if is_middle else None)
@@ -135,17 +131,12 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
 def reduced(small: Reduced) -> onnx.ModelProto:
     """reduced-2.onnx, -4, -8: what decoder.onnx takes -> image (1, H / scale, W / scale, 3) uint8."""
     graph = _Decoder(small.synthesis)
-    t, wanted, side = graph.trunk(), graph.wanted(), small.side
-    kept = graph.parts[: len(small.fine)]
-    for number, own in enumerate(kept):
-        t, _ = graph.part(f"fine.{number}", own, t, wanted)
-    weight, bias, trunk = small.head.weight.clone(), small.head.bias, len(graph.step)
-    assert bias is not None
-    if small.last:
-        inner, step, zero = graph.inner(f"fine.{len(kept)}", small.last, t)
+    t, wanted, side = graph.trunk(len(small.coarse)), graph.wanted(), small.side
+    weight, bias, trunk = small.head.weight.clone(), _bias(small.head), len(graph.step)
+    if small.first:
+        inner, step, zero = graph.inner("fine.0", small.first, t)
         weight[:, trunk:] *= step.reshape(-1, 1, 1)
-        before = graph.add("DequantizeLinear", inner, graph.number(1), graph.zero(zero))
-        t = graph.add("Concat", t, before, axis=3)
+        t = graph.add("Concat", t, graph.add("DequantizeLinear", inner, graph.number(1), graph.zero(zero)), axis=3)
     weight[:, :trunk] *= graph.step
     weight, bias = 255 * weight, 255 * bias
     samples, inputs = weight.shape[:2]
@@ -219,10 +210,13 @@ class _Decoder(Nodes):
             total = self.add("Add", total, self.add("Slice", places, first, last, self.whole_numbers(1, 2, 3)))
         return total
 
-    def trunk(self) -> str:
-        """core -> what the blocks at 1/8 resolution add to, (1, 2 h, 2 w, t), in steps."""
+    def trunk(self, blocks: int) -> str:
+        """core -> what the blocks at 1/8 resolution add to, (1, 2 h, 2 w, t), in steps.
+
+        blocks: how many of those at 1/16 resolution there are before it.
+        """
         x = "core"
-        for number, block in enumerate(self.synthesis.coarse):
+        for number, block in enumerate(list(self.synthesis.coarse)[:blocks]):
             assert isinstance(block, Block)
             inside = x
             for part in ("depthwise", "expand"):

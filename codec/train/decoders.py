@@ -8,7 +8,7 @@ bytes that its filters see, which makes these a plain cast of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass.codec.errors import InvalidArgument
-from hourglass.codec.train.network import ZERO, Block, BytewiseBlock, Filter, Hourglass, Synthesis, row_factor, unweave
+from hourglass.codec.train.network import (
+    ZERO,
+    Block,
+    BytewiseBlock,
+    Filter,
+    Hourglass,
+    Synthesis,
+    as_bytes,
+    filtered,
+    row_factor,
+    unweave,
+)
 from hourglass.codec.train.prior import BYTE_WEIGHT, WEIGHT
 
 OPSET = 18
@@ -33,6 +44,9 @@ _GATE = 1 / 256
 
 _FEW = 16
 """Outputs of a 3x3 filter that onnxruntime computes at a time, as fast as fewer."""
+
+_SEEN = {2: 1, 4: 2, 8: 4}
+"""Depthwise layers of the blocks and filters at 1/8, from the first on, that a smaller picture sees, by its scale."""
 
 _Part: TypeAlias = BytewiseBlock | Filter
 """What adds to the trunk."""
@@ -63,44 +77,76 @@ class Nodes:
 class Reduced(nn.Module):
     """What stands for the synthesis where a picture is decoded at 1/2, 1/4 or 1/8 of its size.
 
-    In the place of all that adds to the trunk and of what follows `fit` puts one linear 3x3 filter. With few outputs it
-    also sees what the projection of the first block or filter would take: it does the projection's work, too. With many
-    it takes the block at 1/16 resolution upon itself.
+    In the place of all that adds to the trunk and of what follows `fit` puts one linear 3x3 filter. It sees the trunk
+    and the bytes that the first of the filters and blocks have behind their depthwise layers; with many outputs a
+    linear map of these to fewer channels.
     """
 
     def __init__(self, synthesis: Synthesis, scale: int) -> None:
         super().__init__()
         self.synthesis, self.scale, self.side = synthesis, scale, 8 // scale
-        samples = 3 * self.side**2  # of the pixels at a position at 1/8 resolution
-        first = synthesis.fine[0]
-        self.first = first if isinstance(first, _Part) and samples < _FEW else None
-        self.coarse = synthesis.coarse if self.first else nn.Sequential()
-        trunk = synthesis.overlap.out_channels
-        self.head = nn.Conv2d(trunk + (self.first.project.in_channels if self.first else 0), samples, 3)
+        samples, trunk = 3 * self.side**2, synthesis.overlap.out_channels  # samples: at a position at 1/8 resolution
+        self.seen = [part for part in synthesis.fine if isinstance(part, _Part)][: _SEEN[scale]]
+        inputs = (1 + len(self.seen)) * trunk
+        self.narrow = nn.Conv2d(inputs, trunk // 2, 1, bias=False) if samples >= _FEW else None
+        self.head = nn.Conv2d(trunk // 2 if self.narrow else inputs, samples, 3)
 
     def features(self, core: Tensor) -> Tensor:
-        """core (1, c, h, w) -> what the filter takes (1, t, 2 h, 2 w); beyond it, it sees the edge again."""
-        t = F.pixel_shuffle(self.synthesis.from_latent(self.coarse(core)), 2)
-        return torch.cat([t, self.first.active(t)], 1) if self.first else t
+        """core (1, c, h, w) -> the trunk and the bytes, (1, (1 + n) t, 2 h, 2 w)."""
+        t = F.pixel_shuffle(self.synthesis.from_latent(self.synthesis.coarse(core)), 2)
+        return torch.cat([t, *(before(part, t) for part in self.seen)], 1)
 
     @torch.no_grad()
-    def fit(self, latents: Iterable[Tensor]) -> None:
+    def fit(self, latents: Sequence[Tensor]) -> None:
         """Make the filter the one with the least squared error from the means of what the synthesis makes of
         dequantised latents, each (1, C, h, w)."""
-        inputs = 9 * self.head.in_channels + 1
-        squares, products = torch.zeros(inputs, inputs).double(), torch.zeros(inputs, len(self.head.weight)).double()
-        for latent in latents:
+        pairs = []
+        for latent in latents[:: len(self.seen)]:  # a filter that sees more takes longer with each
             core, _ = unweave(latent, self.synthesis.core)
             wanted = F.avg_pool2d(F.pixel_shuffle(self.synthesis.core_to_depth(core), 8), self.scale)
-            b = F.pixel_unshuffle(wanted, self.side)[0][by_row(self.side)].flatten(1).double()
-            a = F.unfold(F.pad(self.features(core), (1, 1, 1, 1), mode="replicate"), 3)[0].double()
+            pairs.append((self.features(core), F.pixel_unshuffle(wanted, self.side)[0][by_row(self.side)].flatten(1)))
+        solved = self._solve(pairs)
+        if self.narrow:
+            self.narrow.weight.copy_(_directions(solved, [x for x, _ in pairs], len(self.narrow.weight)))
+            solved = self._solve([(self.narrow(x), wanted) for x, wanted in pairs])
+        assert self.head.bias is not None
+        self.head.weight.copy_(solved[:, :-1].reshape(self.head.weight.shape))
+        self.head.bias.copy_(solved[:, -1])
+
+    @staticmethod
+    def _solve(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """(samples, 9 C + 1): the 3x3 filter, and its bias, from (1, C, h, w) to (samples, h w)."""
+        inputs, outputs = 9 * pairs[0][0].shape[1] + 1, len(pairs[0][1])
+        squares, products = torch.zeros(inputs, inputs).double(), torch.zeros(inputs, outputs).double()
+        for x, wanted in pairs:
+            a = F.unfold(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3)[0].double()
             a = torch.cat([a, torch.ones_like(a[:1])])
             squares += a @ a.T
-            products += a @ b.T
+            products += a @ wanted.double().T
         squares += torch.eye(inputs) * squares.diagonal().mean() * 1e-8
-        solved = torch.linalg.solve(squares, products).float().T
-        self.head.weight.copy_(solved[:, :-1].reshape(self.head.weight.shape))
-        self.head.bias.copy_(solved[:, -1])  # type: ignore[union-attr]
+        solved: Tensor = torch.linalg.solve(squares, products).float().T
+        return solved
+
+
+def _directions(solved: Tensor, features: list[Tensor], count: int) -> Tensor:
+    """(count, C, 1, 1): a linear map of C channels to those directions that a 3x3 filter makes most of.
+
+    solved: (samples, 9 C + 1). features: (1, C, h, w) each. Reduced-rank regression.
+    """
+    x = torch.cat([x[0].flatten(1) for x in features], 1).double()
+    values, vectors = torch.linalg.eigh(x @ x.T / x.shape[1])
+    deviations = values.clamp(min=float(values.max()) * 1e-9).sqrt()
+    weight = solved[:, :-1].double().reshape(len(solved), len(x), 9).permute(0, 2, 1).flatten(0, 1)
+    _, _, directions = torch.linalg.svd(weight @ vectors * deviations, full_matrices=False)
+    found: Tensor = (directions[:count] / deviations @ vectors.T).float()[:, :, None, None]
+    return found
+
+
+def before(own: _Part, t: Tensor) -> Tensor:
+    """(1, t, h, w): what the bytes behind the depthwise layer of a block or filter stand for."""
+    assert own.log_seen is not None
+    log_step = own.log_before if isinstance(own, Filter) else own.log_steps["before"]
+    return as_bytes(filtered(t, own.depthwise, own.log_seen), log_step, ZERO) * log_step.exp()
 
 
 def decoder(net: Hourglass) -> onnx.ModelProto:
@@ -113,7 +159,7 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
     Raises `InvalidArgument` for a network that sees floats there.
     """
     synthesis, graph = net.synthesis, _Decoder(net.synthesis)
-    t, wanted = graph.trunk(len(synthesis.coarse)), graph.wanted()
+    t, wanted = graph.trunk(), graph.wanted()
     for number, own in enumerate(graph.parts):
         left, is_middle = len(graph.parts) - number, number == len(graph.parts) // 2
         t, wanted = graph.part(f"fine.{number}", own, t, wanted, left if is_middle else None)
@@ -131,26 +177,27 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
 def reduced(small: Reduced) -> onnx.ModelProto:
     """reduced-2.onnx, -4, -8: what decoder.onnx takes -> image (1, H / scale, W / scale, 3) uint8."""
     graph = _Decoder(small.synthesis)
-    t, wanted, side = graph.trunk(len(small.coarse)), graph.wanted(), small.side
-    weight, bias, trunk = small.head.weight.clone(), _bias(small.head), len(graph.step)
-    if small.first:
-        inner, step, zero = graph.inner("fine.0", small.first, t)
-        weight[:, trunk:] *= step.reshape(-1, 1, 1)
-        t = graph.add("Concat", t, graph.add("DequantizeLinear", inner, graph.number(1), graph.zero(zero)), axis=3)
-    weight[:, :trunk] *= graph.step
-    weight, bias = 255 * weight, 255 * bias
-    samples, inputs = weight.shape[:2]
+    t, wanted, side = graph.trunk(), graph.wanted(), small.side
+    floats = [
+        graph.add("DequantizeLinear", graph.before(f"fine.{number}", own, t), graph.number(1), graph.zero(ZERO))
+        for number, own in enumerate(small.seen)
+    ]
+    features = graph.add("Concat", t, *floats, axis=3)
+    steps = torch.cat([graph.step, *map(_step, small.seen)])
+    weight, bias = 255 * small.head.weight, 255 * _bias(small.head)
+    samples = len(weight)
     # A ring around what is wanted, which the filter sees; where the patch ends, its edge is repeated.
-    if samples >= _FEW:
-        head = nn.Conv2d(inputs, samples, 3)
-        head.weight.data, head.bias = weight, nn.Parameter(bias)
-        d = graph.convolve("head", graph.bordered(graph.add("Transpose", t, perm=[0, 3, 1, 2]), (2, 3)), head)
+    if small.narrow:
+        x = graph.product("narrow", features, (small.narrow.weight * steps)[:, :, 0, 0].T, None)
+        head = nn.Conv2d(weight.shape[1], samples, 3)
+        head.weight, head.bias = nn.Parameter(weight), nn.Parameter(bias)
+        d = graph.convolve("head", graph.bordered(graph.add("Transpose", x, perm=[0, 3, 1, 2]), (2, 3)), head)
         d = graph.add("Transpose", d, perm=[0, 2, 3, 1])
     else:
         # onnxruntime computes _FEW outputs at a time: with fewer it is a 1x1 layer with those of all its nine places,
         # moved there and summed.
-        places = graph.product("head", t, weight.permute(1, 2, 3, 0).reshape(inputs, 9 * samples), None)
-        d = graph.moved(graph.bordered(places, (1, 2)), samples, bias)
+        matrix = (weight * steps).permute(1, 2, 3, 0).reshape(len(steps), 9 * samples)
+        d = graph.moved(graph.bordered(graph.product("head", features, matrix, None), (1, 2)), samples, bias)
     rest = small.synthesis.from_rest.weight.reshape(3, side, small.scale, side, small.scale, 4, -1).mean((2, 4))
     rest = rest.reshape(3 * side**2, 2, 2, -1)[by_row(side)]
     return graph.finished(graph.cut(d, wanted, (1, 2)), rest, side)
@@ -210,13 +257,10 @@ class _Decoder(Nodes):
             total = self.add("Add", total, self.add("Slice", places, first, last, self.whole_numbers(1, 2, 3)))
         return total
 
-    def trunk(self, blocks: int) -> str:
-        """core -> what the blocks at 1/8 resolution add to, (1, 2 h, 2 w, t), in steps.
-
-        blocks: how many of those at 1/16 resolution there are before it.
-        """
+    def trunk(self) -> str:
+        """core -> what the blocks at 1/8 resolution add to, (1, 2 h, 2 w, t), in steps."""
         x = "core"
-        for number, block in enumerate(list(self.synthesis.coarse)[:blocks]):
+        for number, block in enumerate(self.synthesis.coarse):
             assert isinstance(block, Block)
             inside = x
             for part in ("depthwise", "expand"):
@@ -242,7 +286,7 @@ class _Decoder(Nodes):
         left: what the wanted positions look at no more is left out from here on, where so many are to come, with this
         one. Once: it moves the floats of t.
         """
-        before = self._before(name, own, t)
+        before = self.before(name, own, t)
         if left is not None:
             kept = self.add("Add", wanted, self.whole_numbers(-left, left, -left, left))
             kept = self.add("Max", kept, self.whole_numbers(0))
@@ -262,12 +306,7 @@ class _Decoder(Nodes):
         added = self.add("MatMulIntegerToFloat", inner, *inputs, name=f"{name}.project", domain=_OF_RUNTIME)
         return self.add("Add", t, added), wanted
 
-    def inner(self, name: str, own: _Part, t: str) -> tuple[str, Tensor, int]:
-        """The bytes that the projection of a block or filter takes, (1, h, w, inside); their steps, (inside, 1, 1) or
-        (), and which of them stands for 0."""
-        return self._inner(name, own, self._before(name, own, t))
-
-    def _before(self, name: str, own: _Part, t: str) -> str:
+    def before(self, name: str, own: _Part, t: str) -> str:
         """The bytes behind the depthwise layer, (1, h, w, t)."""
         seen = self.add("QuantizeLinear", t, self.number(1), self.zero(ZERO))
         weight = own.depthwise.weight * self.step[:, None]
@@ -275,6 +314,8 @@ class _Decoder(Nodes):
         return self._bytes(f"{name}.depthwise", seen, weight, _bias(own.depthwise), _step(own), WEIGHT, **attributes)
 
     def _inner(self, name: str, own: _Part, before: str) -> tuple[str, Tensor, int]:
+        """The bytes that the projection of a block or filter takes, (1, h, w, inside); their steps, (inside, 1, 1) or
+        (), and which of them stands for 0."""
         if isinstance(own, Filter):
             return before, _step(own), ZERO
         steps, zeros = {key: value.detach().exp() for key, value in own.log_steps.items()}, own.zeros

@@ -165,8 +165,8 @@ class BytewiseBlock(Block):
 
     def _active(self, x: Tensor) -> Tensor:
         """In steps."""
-        filtered = self.depthwise(x) if self.log_seen is None else _filtered(x, self.depthwise, self.log_seen)
-        before = self._bytes("before", filtered)
+        seen = self.depthwise(x) if self.log_seen is None else filtered(x, self.depthwise, self.log_seen)
+        before = self._bytes("before", seen)
         weight = whole(self.expand.weight * self.log_steps["before"].exp())
         inside = self._bytes("inside", F.conv2d(before, weight, self.expand.bias))
         return self._bytes("active", F.silu(inside * self.log_steps["inside"].exp()))
@@ -218,7 +218,7 @@ class Filter(nn.Module):
 
     def _before(self, x: Tensor) -> Tensor:
         """In steps."""
-        return as_bytes(_filtered(x, self.depthwise, self.log_seen), self.log_before, ZERO)
+        return as_bytes(filtered(x, self.depthwise, self.log_seen), self.log_before, ZERO)
 
     @torch.no_grad()
     def fit_steps(self, x: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class Filter(nn.Module):
         self.project.bias.copy_(solved[-1])
 
 
-def _filtered(x: Tensor, layer: nn.Conv2d, log_seen: Tensor) -> Tensor:
+def filtered(x: Tensor, layer: nn.Conv2d, log_seen: Tensor) -> Tensor:
     """What a depthwise layer with weights of 8 bits makes of the bytes that it sees of x."""
     weight = whole(layer.weight * log_seen.exp()[:, None], WEIGHT)
     return F.conv2d(as_bytes(x, log_seen, ZERO), weight, layer.bias, padding=1, groups=len(weight))

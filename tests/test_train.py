@@ -480,7 +480,12 @@ def test_bytes_of_a_filter() -> None:
         exact = own.fit_steps(x)
         assert torch.equal(exact, x + own.project(own.depthwise(x)))
         assert torch.allclose(log_seen.exp().flatten() * 127, x.abs().amax((0, 2, 3)))
-        other.fit_steps(x * torch.tensor([2.0, 0.5, 1, 1])[:, None, None])  # they share it: it holds both
+        for parameter in (other.project.weight, other.project.bias):
+            parameter.normal_()
+        wide = x * torch.tensor([2.0, 0.5, 1, 1])[:, None, None]
+        of_block = other.fit_steps(wide)  # they share it: it holds both
+        assert torch.equal(of_block, wide + other.project(F.silu(other.expand(other.depthwise(wide)))))
+        assert 0 < float((other(wide) - of_block).abs().max()) < 0.1 * float((of_block - wide).abs().max())
         expected = x.abs().amax((0, 2, 3)) * torch.tensor([2.0, 1, 1, 1])
         assert torch.allclose(own.log_seen.exp().flatten() * 127, expected)
         assert 0 < float((own(x) - exact).abs().max()) < 0.1 * float((exact - x).abs().max())

@@ -7,7 +7,6 @@ bytes that its filters see, which makes these a plain cast of it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -27,8 +26,6 @@ from hourglass.codec.train.network import (
     Filter,
     Hourglass,
     Synthesis,
-    as_bytes,
-    filtered,
     row_factor,
     unweave,
 )
@@ -94,7 +91,7 @@ class Reduced(nn.Module):
     def features(self, core: Tensor) -> Tensor:
         """core (1, c, h, w) -> the trunk and the bytes, (1, (1 + n) t, 2 h, 2 w)."""
         t = F.pixel_shuffle(self.synthesis.from_latent(self.synthesis.coarse(core)), 2)
-        return torch.cat([t, *(before(part, t) for part in self.seen)], 1)
+        return torch.cat([t, *(part.before(t) * _step(part) for part in self.seen)], 1)
 
     @torch.no_grad()
     def fit(self, latents: Sequence[Tensor]) -> None:
@@ -142,13 +139,6 @@ def _directions(solved: Tensor, features: list[Tensor], count: int) -> Tensor:
     return found
 
 
-def before(own: _Part, t: Tensor) -> Tensor:
-    """(1, t, h, w): what the bytes behind the depthwise layer of a block or filter stand for."""
-    assert own.log_seen is not None
-    log_step = own.log_before if isinstance(own, Filter) else own.log_steps["before"]
-    return as_bytes(filtered(t, own.depthwise, own.log_seen), log_step, ZERO) * log_step.exp()
-
-
 def decoder(net: Hourglass) -> onnx.ModelProto:
     """decoder.onnx: dequantised latents -> image (1, H, W, 3) uint8 of the positions in `keep`.
 
@@ -163,9 +153,10 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
     for number, own in enumerate(graph.parts):
         left, is_middle = len(graph.parts) - number, number == len(graph.parts) // 2
         t, wanted = graph.part(f"fine.{number}", own, t, wanted, left if is_middle else None)
-    overlap = copy.deepcopy(synthesis.overlap)
-    overlap.weight.data *= graph.step[:, None]
-    seen = graph.cut(graph.convolve("overlap", graph.add("Transpose", t, perm=[0, 3, 1, 2]), overlap), wanted, (2, 3))
+    overlap, kernel = synthesis.overlap, synthesis.overlap.weight * graph.step[:, None]
+    first = graph.add("Transpose", t, perm=[0, 3, 1, 2])
+    seen = graph.convolve("overlap", first, kernel, _bias(overlap), overlap.groups, pad=1)
+    seen = graph.cut(seen, wanted, (2, 3))
     order = by_row(8)
     weight, bias = synthesis.from_trunk.weight[order, :, 0, 0], synthesis.from_trunk.bias
     assert bias is not None
@@ -189,9 +180,8 @@ def reduced(small: Reduced) -> onnx.ModelProto:
     # A ring around what is wanted, which the filter sees; where the patch ends, its edge is repeated.
     if small.narrow:
         x = graph.product("narrow", features, (small.narrow.weight * steps)[:, :, 0, 0].T, None)
-        head = nn.Conv2d(weight.shape[1], samples, 3)
-        head.weight, head.bias = nn.Parameter(weight), nn.Parameter(bias)
-        d = graph.convolve("head", graph.bordered(graph.add("Transpose", x, perm=[0, 3, 1, 2]), (2, 3)), head)
+        d = graph.bordered(graph.add("Transpose", x, perm=[0, 3, 1, 2]), (2, 3))
+        d = graph.convolve("head", d, weight, bias)
         d = graph.add("Transpose", d, perm=[0, 2, 3, 1])
     else:
         # onnxruntime computes _FEW outputs at a time: with fewer it is a 1x1 layer with those of all its nine places,
@@ -222,12 +212,10 @@ class _Decoder(Nodes):
         """(4,): ends of the rows and columns at 1/8 resolution that are wanted."""
         return self.add("Mul", "keep", self.whole_numbers(2))
 
-    def convolve(self, name: str, x: str, layer: nn.Conv2d) -> str:
-        """(1, C, h, w) -> (1, C', h', w'), padded as the layer says."""
-        assert layer.bias is not None
-        pads = [int(layer.padding[0])] * 4 if not isinstance(layer.padding, str) else []
-        inputs = (x, self.constant(_array(layer.weight)), self.constant(_array(layer.bias)))
-        return self.add("Conv", *inputs, name=name, group=layer.groups, pads=pads)
+    def convolve(self, name: str, x: str, weight: Tensor, bias: Tensor, groups: int = 1, pad: int = 0) -> str:
+        """(1, C, h, w) -> (1, C', h', w'), with zeros of `pad` positions around."""
+        inputs = (x, self.constant(_array(weight)), self.constant(_array(bias)))
+        return self.add("Conv", *inputs, name=name, group=groups, pads=[pad] * 4)
 
     def product(self, name: str, x: str, matrix: Tensor, bias: Tensor | None) -> str:
         """(1, h, w, C) and (C, C') -> (1, h, w, C')."""
@@ -262,23 +250,30 @@ class _Decoder(Nodes):
         x = "core"
         for number, block in enumerate(self.synthesis.coarse):
             assert isinstance(block, Block)
-            inside = x
-            for part in ("depthwise", "expand"):
-                inside = self.convolve(f"coarse.{number}.{part}", inside, getattr(block, part))
+            name, first = f"coarse.{number}", block.depthwise
+            seen = self.convolve(f"{name}.depthwise", x, first.weight, _bias(first), first.groups, pad=1)
+            inside = self.convolve(f"{name}.expand", seen, block.expand.weight, _bias(block.expand))
             active = self.add("Mul", inside, self.add("Sigmoid", inside))
-            x = self.add("Add", x, self.convolve(f"coarse.{number}.project", active, block.project))
+            x = self.add("Add", x, self.convolve(f"{name}.project", active, block.project.weight, _bias(block.project)))
         layer, channels = self.synthesis.from_latent, len(self.step)
         assert layer.bias is not None
         # Four positions of all channels, one row after the other.
         weight = (layer.weight.reshape(channels, 2, 2, -1) / self.step[..., None]).permute(3, 1, 2, 0).flatten(1)
         bias = (layer.bias.reshape(channels, 2, 2) / self.step).permute(1, 2, 0).flatten()
         y = self.product("from_latent", self.add("Transpose", x, perm=[0, 2, 3, 1]), weight, bias)
-        h, w = (self.add("Shape", y, start=axis, end=axis + 1) for axis in (1, 2))
         two = self.whole_numbers(2)
-        rows = self.add("Concat", h, w, two, self.whole_numbers(2 * channels), axis=0)
-        rows = self.add("Transpose", self.add("Reshape", y, rows), perm=[0, 2, 1, 3])
-        whole = (self.whole_numbers(1), self.add("Mul", h, two), self.add("Mul", w, two), self.whole_numbers(channels))
-        return self.add("Reshape", rows, self.add("Concat", *whole, axis=0))
+        size = [self.add("Mul", count, two) for count in self.size(y)]
+        whole = self.add("Concat", self.whole_numbers(1), *size, self.whole_numbers(channels), axis=0)
+        return self.add("Reshape", self.doubled(y, channels), whole)
+
+    def size(self, x: str) -> list[str]:
+        """(1, h, w, C) -> h, w, each (1,)."""
+        return [self.add("Shape", x, start=axis, end=axis + 1) for axis in (1, 2)]
+
+    def doubled(self, y: str, channels: int) -> str:
+        """Depth-to-space by 2, (1, h, w, 4 C), one row of positions after the other -> (h, 2, w, 2 C)."""
+        rows = self.add("Concat", *self.size(y), self.whole_numbers(2), self.whole_numbers(2 * channels), axis=0)
+        return self.add("Transpose", self.add("Reshape", y, rows), perm=[0, 2, 1, 3])
 
     def part(self, name: str, own: _Part, t: str, wanted: str, left: int | None = None) -> tuple[str, str]:
         """A block or filter, and the ends of what is wanted in what it gives.
@@ -353,10 +348,8 @@ class _Decoder(Nodes):
         weight = 255 * rest.permute(3, 1, 2, 0).flatten(1)  # (r, 4 positions of all samples, one row after the other)
         added = self.product("from_rest", self.add("Transpose", "rest", perm=[0, 2, 3, 1]), weight, None)
         two, both, minus = self.whole_numbers(2), self.whole_numbers(2 * samples), self.whole_numbers(-1)
-        h, w = (self.add("Shape", added, start=axis, end=axis + 1) for axis in (1, 2))
-        added = self.add("Reshape", added, self.add("Concat", h, w, two, both, axis=0))
-        added = self.add("Transpose", added, perm=[0, 2, 1, 3])  # (h', 2, w', 2 x samples), or (1, 2, 1, 2 x samples)
-        rows, columns = (self.add("Shape", d, start=axis, end=axis + 1) for axis in (1, 2))
+        added = self.doubled(added, samples)  # (h', 2, w', 2 x samples), or (1, 2, 1, 2 x samples)
+        rows, columns = self.size(d)
         across = self.add("Div", columns, two)
         paired = self.add("Reshape", d, self.add("Concat", minus, two, across, both, axis=0))
         total = self.add("Add", self.add("Add", paired, self.number(0.5)), added)  # a cast truncates
@@ -390,7 +383,7 @@ def _integers(weight: Tensor, largest: int = BYTE_WEIGHT) -> tuple[NDArray[np.in
 
 def _step(own: _Part) -> Tensor:
     """(t, 1, 1): the steps of the bytes behind the depthwise layer."""
-    return (own.log_before if isinstance(own, Filter) else own.log_steps["before"]).detach().exp()
+    return own.log_before.detach().exp()
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

@@ -46,7 +46,6 @@ from hourglass.codec.train.prior import (
 _INT16 = 32767
 _PART = (1, "channels", "half_height", "half_width")
 _FEATURES = (1, "features", "features_rows", "features_columns")
-_ZERO = 128  # the byte that stands for 0 in a signed one
 
 
 class EncoderGraph(nn.Module):
@@ -188,8 +187,7 @@ _Back: TypeAlias = list[tuple[Tensor, Tensor]]
 def _through(part: BytewiseBlock | Filter, x: Tensor) -> tuple[Tensor, _Back]:
     """What a block or filter makes of x, (1, C, h, w), and the way back."""
     assert part.log_seen is not None
-    seen, filtered = part.log_seen.exp(), part.log_before if isinstance(part, Filter) else part.log_steps["before"]
-    before = filtered.exp()
+    seen, before = part.log_seen.exp(), part.log_before.exp()
     depthwise = whole(part.depthwise.weight * seen[:, None], WEIGHT)
     inner, slope = _as_bytes(x / seen, ZERO)
     back = [(depthwise, slope / seen)]
@@ -327,7 +325,7 @@ class _Nodes(Nodes):
         """A depthwise layer to `SIGNED_BYTE`, larger by 128: float32 from 0 to 255, still with its fractions."""
         weight, bias, factor = layer.integers()
         pad = weight.shape[2] // 2
-        total = self.convolve(name, x, weight, bias + _ZERO / factor, factor, group=len(weight), pads=[pad] * 4)
+        total = self.convolve(name, x, weight, bias + ZERO / factor, factor, group=len(weight), pads=[pad] * 4)
         return self.clip(total, 0, BYTE.high)
 
     def bytewise(self, name: str, x: str, layer: IntegerLayer | _Narrow, zero: int) -> str:
@@ -515,7 +513,7 @@ def _branch(step: integers.Step, width: int, features: str, known: str) -> onnx.
             spatial = nodes.layer("spatial", known, narrow)
         hidden, mix = nodes.add("Concat", features, spatial, axis=1), _Narrow(step.mix, width, latent, step.spatial)
     if bytewise:
-        hidden = nodes.bytewise("deepen", nodes.bytewise("mix", hidden, mix, _ZERO), step.deepen, 0)
+        hidden = nodes.bytewise("deepen", nodes.bytewise("mix", hidden, mix, ZERO), step.deepen, 0)
     else:
         hidden = nodes.layer("deepen", nodes.layer("mix", hidden, mix), step.deepen)
     phases = nodes.add("SpaceToDepth", hidden, blocksize=2)

@@ -165,11 +165,20 @@ class BytewiseBlock(Block):
 
     def _active(self, x: Tensor) -> Tensor:
         """In steps."""
-        seen = self.depthwise(x) if self.log_seen is None else filtered(x, self.depthwise, self.log_seen)
-        before = self._bytes("before", seen)
-        weight = whole(self.expand.weight * self.log_steps["before"].exp())
-        inside = self._bytes("inside", F.conv2d(before, weight, self.expand.bias))
+        weight = whole(self.expand.weight * self.log_before.exp())
+        inside = self._bytes("inside", F.conv2d(self.before(x), weight, self.expand.bias))
         return self._bytes("active", F.silu(inside * self.log_steps["inside"].exp()))
+
+    @property
+    def log_before(self) -> Tensor:
+        """(C, 1, 1): logarithms of the steps of `before`."""
+        log_before: Tensor = self.log_steps["before"]
+        return log_before
+
+    def before(self, x: Tensor) -> Tensor:
+        """What the expansion takes, (B, C, h, w), in steps."""
+        seen = self.depthwise(x) if self.log_seen is None else filtered(x, self.depthwise, self.log_seen)
+        return self._bytes("before", seen)
 
     def _bytes(self, name: str, x: Tensor) -> Tensor:
         return as_bytes(x, self.log_steps[name], self.zeros[name])
@@ -210,14 +219,10 @@ class Filter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = whole(self.project.weight * self.log_before.exp())
-        return x + F.conv2d(self._before(x), weight, self.project.bias)
+        return x + F.conv2d(self.before(x), weight, self.project.bias)
 
-    def active(self, x: Tensor) -> Tensor:
-        """What the projection takes: (B, C, h, w) -> (B, C, h, w)."""
-        return self._before(x) * self.log_before.exp()
-
-    def _before(self, x: Tensor) -> Tensor:
-        """In steps."""
+    def before(self, x: Tensor) -> Tensor:
+        """What the projection takes, (B, C, h, w), in steps."""
         return as_bytes(filtered(x, self.depthwise, self.log_seen), self.log_before, ZERO)
 
     @torch.no_grad()

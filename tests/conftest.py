@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+# Tests run in processes beside each other: one thread in each, or threads that wait for each other take a core's time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported
 
 import numpy as np
 import pytest
@@ -101,6 +107,18 @@ def report() -> Callable[[str, float, int, NDArray[np.uint8], NDArray[np.uint8]]
     return add
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process beside others hands its rows to the one that prints."""
+    handed = getattr(session.config, "workeroutput", None)
+    if handed is not None:
+        handed["table"] = [asdict(row) for row in TABLE]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    TABLE.extend(Row(**row) for row in getattr(node, "workeroutput", {}).get("table", []))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not TABLE:
         return
@@ -108,7 +126,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.line(
         f"{'picture':<14}{'quality':>8}{'bytes':>9}{'bpp':>8}{'ratio':>8}{'PSNR dB':>9}{'MS-SSIM':>9}"
     )
-    for r in TABLE:
+    for r in sorted(TABLE, key=lambda row: (row.picture, row.quality, row.bytes)):
         terminalreporter.line(
             f"{r.picture:<14}{r.quality:>8g}{r.bytes:>9}{r.bpp:>8.3f}{r.ratio:>8.1f}{r.psnr:>9.2f}{r.ms_ssim:>9.4f}"
         )

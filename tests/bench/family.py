@@ -1,10 +1,11 @@
 """Every model of the zoo on a folder of pictures, beside JPEG; what noise on the picture does to them; and a figure.
 
-    python tests/bench/family.py FOLDER [--out family.json] [--figure family.png] [--photo NAME]
+    python tests/bench/family.py FOLDER [--out family.json] [--figure family.png] [--photo NAME] [--models ID ...]
 
 Rates are bytes of whole files, pictures 8-bit; curves are means over the pictures at each quality. Models of grey
 pictures get the luma of the pictures, and a grey JPEG for a rival. Noise: Gaussian, of 5, 15, 25 grey levels; PSNR is
-that of what is decoded against the picture without noise.
+that of what is decoded against the picture without noise. A model never changes: with --models the rows of the others
+stay as they are in the file.
 """
 
 from __future__ import annotations
@@ -153,18 +154,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("family.json"))
     parser.add_argument("--figure", type=Path, default=Path(__file__).with_name("family.png"))
     parser.add_argument("--photo", help="Picture of the figure; the first of the folder when not given.")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=runtime.model_ids(),
+        help="Measure these; the others' rows are in the file already.",
+    )
     options = parser.parse_args()
     paths = image.list_pictures(options.folder)
     models = sorted(runtime.model_ids(), key=lambda model: (model != runtime.DEFAULT_MODEL, model))
     colour = [model for model in models if runtime.open_model(model).colours == 3]
     shown = [model for model in colour if not model.endswith("-denoise")]
     figure(shown, next((p for p in paths if options.photo and options.photo in p.name), paths[0]), options.figure)
+    anew = options.models or models
+    rows = {model: of_model(model, paths) for model in models if model in anew}
+    disturbed = noise([model for model in colour if model in anew], paths)
+    if options.models:
+        kept = json.loads(options.out.read_text())
+        if (kept["folder"], kept["pictures"]) != (options.folder.name, len(paths)):
+            parser.error(
+                f"{options.out} is of {kept['pictures']} pictures of {kept['folder']}; expected {options.folder}"
+            )
+        rows, disturbed = kept["models"] | rows, kept["noise"] | disturbed
     results = {
         **head(),
         "folder": options.folder.name,
         "pictures": len(paths),
-        "models": {model: of_model(model, paths) for model in models},
-        "noise": noise(colour, paths),
+        "models": {model: rows[model] for model in models},
+        "noise": {name: disturbed[name] for name in ["input", *colour]},
     }
     for model, result in results["models"].items():
         low = result["lowest"]

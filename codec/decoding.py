@@ -114,6 +114,7 @@ class Decoding:
         """The colours of a region, divided by `scale`, from top to bottom, a band of tiles at a time."""
         found: _Found = {}
         begun: deque[_Stage] = deque()
+        self.crew.model.expect_synthesis(scale)
         # The threads wait for each other, and for what becomes of a band, only while there is no next stage.
         ahead = 0 if self.crew.threads == 1 else 1
         with self.crew.at_work() as submit:

@@ -19,6 +19,8 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -166,6 +168,7 @@ class Model:
     reach: int
     core: int
     lone_rest = False
+    _reduces = False  # whether it has graphs for smaller pictures
     widths: tuple[int, ...]
 
     def __init__(self, model_id: str, folder: Path, manifest: dict[str, Any], threads: int) -> None:
@@ -173,7 +176,7 @@ class Model:
         self._folder = folder
         self._threads = threads
         self._lock = threading.Lock()
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._sessions: dict[str, Future[ort.InferenceSession]] = {}
         self._costs: dict[int, NDArray[np.float32]] = {}
         self.tensors = tuple(TensorRule(**rule) for rule in manifest["code"])
         self.latent = self.tensors[0]
@@ -236,6 +239,14 @@ class Model:
         """
         raise NotImplementedError
 
+    def expect_synthesis(self, scale: int = 1) -> None:
+        """Begin to load what `synthesise` needs, while other work is done."""
+        self._ahead(self._graph_of(scale))
+
+    def _graph_of(self, scale: int) -> str:
+        """What makes pixels."""
+        return f"reduced-{scale}.onnx" if scale > 1 and self._reduces else "decoder.onnx"
+
     def _image(self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> dict[str, NDArray[Any]]:
         """The inputs of encoder.onnx for a rectangle, see `analyse`."""
         halo = self.halo * STRIDE
@@ -256,7 +267,7 @@ class Model:
         return {"image": np.ascontiguousarray(part)[None], "keep": keep}
 
     def _run(self, file: str, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        session = self._sessions.get(file) or self._open(file)
+        session = self._open(file)
         with hop(_HOPS.get(file, "synthesis")):
             try:
                 results: list[NDArray[Any]] = session.run(None, inputs)
@@ -270,21 +281,42 @@ class Model:
         with self._lock:
             self._sessions.clear()
 
+    def _ahead(self, file: str) -> None:
+        """Begin to open a session that is needed soon, in a thread beside."""
+        if file not in self._sessions:
+            threading.Thread(target=self._open_quietly, args=(file,)).start()
+
+    def _open_quietly(self, file: str) -> None:
+        with suppress(Exception):  # whoever needs it meets the same error
+            self._open(file)
+
     def _open(self, file: str) -> ort.InferenceSession:
+        """The session of a graph, opened by the first who asks while the others wait."""
+        with self._lock:
+            opened = self._sessions.get(file)
+            if mine := opened is None:
+                opened = self._sessions[file] = Future()
+        if mine:
+            try:
+                opened.set_result(self._session(file))
+            except BaseException as exc:
+                with self._lock:
+                    self._sessions.pop(file, None)  # the next one tries again
+                opened.set_exception(exc)
+        return opened.result()
+
+    def _session(self, file: str) -> ort.InferenceSession:
         import onnxruntime as ort
 
-        with self._lock:
-            if file not in self._sessions:
-                options = ort.SessionOptions()
-                options.intra_op_num_threads = self._threads
-                # A busy server gains nothing from spinning.
-                options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-                options.log_severity_level = 3
-                data = self._file(file)
-                if file == "prior.onnx" and exactness.bounds(data) != self.manifest.get("exactness"):
-                    raise ModelError(f"prior.onnx of model {self.id!r} is not as exact as its manifest says; reinstall")
-                self._sessions[file] = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-            return self._sessions[file]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        # A busy server gains nothing from spinning.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        data = self._file(file)
+        if file == "prior.onnx" and exactness.bounds(data) != self.manifest.get("exactness"):
+            raise ModelError(f"prior.onnx of model {self.id!r} is not as exact as its manifest says; reinstall")
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def _file(self, name: str) -> bytes:
         try:
@@ -307,6 +339,7 @@ class Hyperprior(Model):
     """
 
     padding = PADDING
+    _reduces = True
 
     def __init__(self, model_id: str, folder: Path, manifest: dict[str, Any], threads: int) -> None:
         super().__init__(model_id, folder, manifest, threads)
@@ -386,6 +419,7 @@ class Hyperprior(Model):
 
     def analyse(self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> Analysis:
         """See `Model.analyse`: y (C, 4 h, 4 w) and z (Z, h, w), h = ceil(height / 64), w = ceil(width / 64)."""
+        self._ahead("prior.onnx")
         latent, hyper = self._run("encoder.onnx", self._image(pixels, x, y, width, height))
         return {"y": latent[0], "z": hyper[0]}
 
@@ -454,7 +488,7 @@ class Hyperprior(Model):
         }
         if not self.lone_rest:
             inputs["rest_end"] = np.array(1 if patch.rest.shape[2:] == (1, 1) else 1 << 31, np.int64)
-        (pixels,) = self._run("decoder.onnx" if scale == 1 else f"reduced-{scale}.onnx", inputs)
+        (pixels,) = self._run(self._graph_of(scale), inputs)
         decoded: NDArray[np.uint8] = pixels[0]
         return decoded
 
@@ -499,7 +533,7 @@ class Classic(Model):
 
     def synthesise(self, patch: Patch, scale: int = 1) -> NDArray[np.uint8]:
         """See `Model.synthesise`; a smaller picture is the whole one's means."""
-        (pixels,) = self._run("decoder.onnx", {"latent": patch.core, "keep": np.array(patch.keep, np.int64)})
+        (pixels,) = self._run(self._graph_of(scale), {"latent": patch.core, "keep": np.array(patch.keep, np.int64)})
         return reduced(pixels[0], scale)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -186,6 +187,25 @@ def test_damaged_model_is_refused(tmp_path: Path) -> None:
 
 
 README = (ROOT / "README.md").read_text()
+
+
+def test_graphs_opened_ahead_fail_where_they_are_needed(tmp_path: Path, parrots: Path) -> None:
+    """Errors of the thread that opens them reach the caller, whose next try begins anew."""
+    folder = tmp_path / codec.Codec().model
+    shutil.copytree(ZOO / folder.name, folder)
+    own = codec.Codec(zoo=tmp_path)
+    data = codec.Codec().encode(parrots, quality=20)
+    for graph, work in (
+        ("prior.onnx", lambda: own.encode(parrots, quality=20)),
+        ("decoder.onnx", lambda: own.decode(data)),
+    ):
+        own.unload()
+        (folder / graph).rename(folder / "away")
+        with pytest.raises(errors.ModelError, match=f"lacks {graph}"):
+            work()
+        (folder / "away").rename(folder / graph)
+        assert len(work())
+    assert own.encode(parrots, quality=20) == data
 
 
 @pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))

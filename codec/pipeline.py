@@ -333,7 +333,7 @@ class Codec:
         def sample(own: runtime.Model, analysed: Analysed) -> NDArray[np.float32]:
             return features.sampled(own, analysed.tensors["y"])
 
-        found = (values for band in codec._analysed_bands(model, grid, bands, sample) for values in band)
+        found = (values for band in codec._analysed_bands(model, grid, bands, sample, coded=False) for values in band)
         return features.describe(model, grid, zip(grid.tiles(), found, strict=True))
 
     def tensor_bits(self, data: FileSource) -> dict[str, float]:
@@ -425,8 +425,13 @@ class Codec:
         grid: Grid,
         bands: Iterable[Band],
         work: Callable[[runtime.Model, Analysed], _Result],
+        *,
+        coded: bool = True,
     ) -> Iterator[list[_Result]]:
-        """What `work` makes of the tiles, band by band."""
+        """What `work` makes of the tiles, band by band. coded: symbols become of them."""
+        crew = self._crew(model, grid)
+        if coded:
+            crew.model.expect_prior()
         for band in bands:
 
             def analyse(tile: Tile, own: runtime.Model, band: Band = band) -> _Result:
@@ -435,7 +440,7 @@ class Codec:
                 tensors = own.analyse(band.pixels, x, y, tile.width, tile.height)
                 return work(own, Analysed(own, mine, tensors, band.pixels, x, y))
 
-            yield self._crew(model, grid).each(band.tiles, analyse)
+            yield crew.each(band.tiles, analyse)
 
     def _encoded_bands(
         self,

@@ -239,6 +239,9 @@ class Model:
         """
         raise NotImplementedError
 
+    def expect_prior(self) -> None:
+        """Begin to load what says the tables of symbols, where a graph does, while other work is done."""
+
     def expect_synthesis(self, scale: int = 1) -> None:
         """Begin to load what `synthesise` needs, while other work is done."""
         self._ahead(self._graph_of(scale))
@@ -419,9 +422,11 @@ class Hyperprior(Model):
 
     def analyse(self, pixels: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> Analysis:
         """See `Model.analyse`: y (C, 4 h, 4 w) and z (Z, h, w), h = ceil(height / 64), w = ceil(width / 64)."""
-        self._ahead("prior.onnx")
         latent, hyper = self._run("encoder.onnx", self._image(pixels, x, y, width, height))
         return {"y": latent[0], "z": hyper[0]}
+
+    def expect_prior(self) -> None:
+        self._ahead("prior.onnx")
 
     def step(
         self, step: int, z: NDArray[np.int16], known: NDArray[np.int16], features: NDArray[np.float32], units: Units

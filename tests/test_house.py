@@ -186,9 +186,6 @@ def test_damaged_model_is_refused(tmp_path: Path) -> None:
         open_model("broken", tmp_path)
 
 
-README = (ROOT / "README.md").read_text()
-
-
 def test_graphs_opened_ahead_fail_where_they_are_needed(tmp_path: Path, parrots: Path) -> None:
     """Errors of the thread that opens them reach the caller, whose next try begins anew."""
     folder = tmp_path / codec.Codec().model
@@ -206,6 +203,9 @@ def test_graphs_opened_ahead_fail_where_they_are_needed(tmp_path: Path, parrots:
         (folder / "away").rename(folder / graph)
         assert len(work())
     assert own.encode(parrots, quality=20) == data
+
+
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))

@@ -162,20 +162,20 @@ def main() -> None:
     )
     options = parser.parse_args()
     paths = image.list_pictures(options.folder)
-    models = sorted(runtime.model_ids(), key=lambda model: (model != runtime.DEFAULT_MODEL, model))
-    colour = [model for model in models if runtime.open_model(model).colours == 3]
-    shown = [model for model in colour if not model.endswith("-denoise")]
-    figure(shown, next((p for p in paths if options.photo and options.photo in p.name), paths[0]), options.figure)
-    anew = options.models or models
-    rows = {model: of_model(model, paths) for model in models if model in anew}
-    disturbed = noise([model for model in colour if model in anew], paths)
+    kept: dict[str, Any] = {"models": {}, "noise": {}}
     if options.models:
         kept = json.loads(options.out.read_text())
         if (kept["folder"], kept["pictures"]) != (options.folder.name, len(paths)):
             parser.error(
                 f"{options.out} is of {kept['pictures']} pictures of {kept['folder']}; expected {options.folder}"
             )
-        rows, disturbed = kept["models"] | rows, kept["noise"] | disturbed
+    models = sorted(runtime.model_ids(), key=lambda model: (model != runtime.DEFAULT_MODEL, model))
+    colour = [model for model in models if runtime.open_model(model).colours == 3]
+    shown = [model for model in colour if not model.endswith("-denoise")]
+    figure(shown, next((p for p in paths if options.photo and options.photo in p.name), paths[0]), options.figure)
+    anew = options.models or models
+    rows = kept["models"] | {model: of_model(model, paths) for model in models if model in anew}
+    disturbed = kept["noise"] | noise([model for model in colour if model in anew], paths)
     results = {
         **head(),
         "folder": options.folder.name,

@@ -232,7 +232,8 @@ def _best(analysed: Analysed, model: Hyperprior, quality: float, widest: int | N
 
     def error_slope(coded: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
         """Weighted error of a latent as in `Symbols`, and the direction in which it grows, in symbols."""
-        error, slope = scene.error_slope(model, widen(coded, len(gain)) * (inverse * np.float32(1 / prior.FINE)))
+        dequantised = widen(coded, len(gain)) * (inverse * np.float32(1 / prior.FINE))
+        error, slope = scene.error_slope(model, dequantised, quality)
         slope *= weight * inverse
         return weight * error, narrow(slope, len(coded) // 4)
 
@@ -320,12 +321,14 @@ class _Scene:
         latent = model.analyse(around, columns.start, rows.start, width, height)["y"] * factor
         return _Scene(around[rows, columns], latent, (places[0], places[1]), (reached[0], reached[1]))
 
-    def error_slope(self, model: Hyperprior, latent: NDArray[np.float32]) -> tuple[float, NDArray[np.float32]]:
+    def error_slope(
+        self, model: Hyperprior, latent: NDArray[np.float32], quality: float
+    ) -> tuple[float, NDArray[np.float32]]:
         """`Hyperprior.error_slope` of the tile's own latent (C, h, w), padded."""
         rows, columns = self.place
         own = np.s_[:, : rows.stop - rows.start, : columns.stop - columns.start]
         self.latent[:, rows, columns] = latent[own]
-        error, slope = model.error_slope(self.latent, self.pixels, self.reached)
+        error, slope = model.error_slope(self.latent, quality, self.pixels, self.reached)
         whole = np.zeros_like(latent)
         whole[own] = slope[:, rows, columns]
         return error, whole

@@ -107,13 +107,14 @@ class Units:
 class Patch:
     """Dequantised latents of a rectangle and of what lies around it, and which of them are the rectangle's.
 
-    core (1, c, h, w) float32. rest (1, r, h, w) float32, or of the rectangle alone where the model's `lone_rest`, or
-    (1, r, 1, 1) where it is all zero. keep: first and last row, first and last column (exclusive).
+    core (1, c, h, w) float32. rest (1, r, h, w) float32, or of the rectangle and the model's `ring` around it where its
+    `lone_rest`, or (1, r, 1, 1) where it is all zero. keep: first and last row, first and last column (exclusive).
     """
 
     core: NDArray[np.float32]
     rest: NDArray[np.float32]
     keep: tuple[int, int, int, int]
+    quality: float
 
 
 Analysis: TypeAlias = Mapping[str, NDArray[Any]]
@@ -152,7 +153,8 @@ class Model:
     pictures are padded to multiples of it. edge: the same for what the transforms see; behind that they see zeros, as
     behind the crops of training. halo: positions around a tile that the transforms look at. reach: positions of the
     latent beyond its own that a pixel depends on. core: channels of each quarter that every tile's synthesis gets.
-    lone_rest: whether it gets the others of the positions that are wanted alone, on which nothing around depends.
+    lone_rest: whether it gets the others of the positions that are wanted alone, and of `ring` positions around them,
+    at which a post-filter looks; nothing else around depends on them.
     colours: channels of the pictures, 3, or 1 for a model of grey ones. grey: id of the model for grey pictures,
     or None.
 
@@ -168,6 +170,7 @@ class Model:
     reach: int
     core: int
     lone_rest = False
+    ring = 0
     _reduces = False  # whether it has graphs for smaller pictures
     widths: tuple[int, ...]
 
@@ -353,6 +356,8 @@ class Hyperprior(Model):
         network = manifest["network"]
         self.core = int(network["core"]) // 4
         self.lone_rest = bool(manifest.get("lone_rest", False))
+        self.ring = 1 if network.get("post") else 0
+        self._anchors = int(network["anchors"])
         # 3x3 filters, one in each block at 1/16 and 1/8 resolution, and one more.
         fine, coarse = network["synthesis_blocks"]
         self.reach = int(coarse) + (int(fine) + 2) // 2
@@ -460,9 +465,13 @@ class Hyperprior(Model):
         return float(low * (high / low) ** (quality / 100))
 
     def error_slope(
-        self, latent: NDArray[np.float32], pixels: NDArray[np.uint8], counted: tuple[slice, slice] | None = None
+        self,
+        latent: NDArray[np.float32],
+        quality: float,
+        pixels: NDArray[np.uint8],
+        counted: tuple[slice, slice] | None = None,
     ) -> tuple[float, NDArray[np.float32]]:
-        """Squared error of what a latent (C, h, w) decodes to, summed over the samples of
+        """Squared error of what a latent (C, h, w) decodes to at `quality`, summed over the samples of
         (H, W, 3) or (H, W) uint8, and its gradient.
 
         The picture is padded as for the analysis; the padding has no error, and positions behind it no gradient.
@@ -476,6 +485,8 @@ class Hyperprior(Model):
         seen = np.s_[:, : image.shape[0] // STRIDE, : image.shape[1] // STRIDE]
         inputs: dict[str, NDArray[Any]]
         inputs = {"latent": np.ascontiguousarray(latent[seen])[None], "image": image[None], "inside": inside}
+        if self.ring:
+            inputs["quality"] = self._hats(quality)
         error, slope = self._run("gradient.onnx", inputs)
         whole = np.zeros_like(latent)
         whole[seen] = slope[0]
@@ -486,16 +497,29 @@ class Hyperprior(Model):
 
         scale: 1, or 2, 4, 8 for a smaller picture at less than half the work.
         """
+        graph = self._graph_of(scale)
         inputs: dict[str, NDArray[Any]] = {
             "core": patch.core,
             "rest": patch.rest,
             "keep": np.array(patch.keep, np.int64),
         }
+        if self.ring and graph == "decoder.onnx":
+            inputs["quality"] = self._hats(patch.quality)
+        elif self.ring and patch.rest.shape[2:] != (1, 1):  # no filter looks at what is around
+            (y0, y1, x0, x1), ring = patch.keep, self.ring
+            up, before = min(y0, ring), min(x0, ring)
+            inputs["rest"] = patch.rest[:, :, up : up + y1 - y0, before : before + x1 - x0]
         if not self.lone_rest:
             inputs["rest_end"] = np.array(1 if patch.rest.shape[2:] == (1, 1) else 1 << 31, np.int64)
-        (pixels,) = self._run(self._graph_of(scale), inputs)
+        (pixels,) = self._run(graph, inputs)
         decoded: NDArray[np.uint8] = pixels[0]
         return decoded
+
+    def _hats(self, quality: float) -> NDArray[np.float32]:
+        """(1, anchors) float32: the weights of linear interpolation between anchors that lie evenly in 0..100."""
+        place = np.float32(quality / 100 * (self._anchors - 1))
+        hats: NDArray[np.float32] = np.maximum(1 - abs(place - np.arange(self._anchors, dtype=np.float32)), 0)
+        return hats[None]
 
 
 class Classic(Model):

@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from hourglass.codec.quantise import Symbols, dequantise, narrow, widen
 from hourglass.codec.watch import hop
 
 _HEAD = struct.Struct("<IB")  # CRC-32 of the symbols, width
+
+_Latent: TypeAlias = NDArray[np.float32] | NDArray[np.int16]
+"""In 1/16 symbols."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Grid:
 class Piece:
     """Rows of a tile's latent (c, h, w), dequantised in 1/16 symbols, and the number of the first among the tile's."""
 
-    latent: NDArray[np.float32] | NDArray[np.int16]
+    latent: _Latent
     width: int
     top: int = 0
 
@@ -137,28 +141,44 @@ def patch(
     right = min(x1 + model.reach, columns + (halo if tile.x + tile.width < grid.width else 0))
     height, width = bottom - top, right - left
     row, column = divmod(tile.number, grid.across)
-    around = [
-        (number // grid.across - row, number % grid.across - column, pieces[number])
-        for number in grid.around(tile)
-        if number in pieces
-    ]
+    placed = []  # pieces, and where in the patch each begins
+    for number in grid.around(tile):
+        if number in pieces:
+            y, x = (number // grid.across - row) * tall - top, (number % grid.across - column) * wide - left
+            placed.append((pieces[number], y + pieces[number].top, x))
     core = np.zeros((1, 4 * model.core, height, width), np.float32)
-    for down, across, piece in around:
-        # Where this piece lies in the patch.
-        y, x = down * tall + piece.top - top, across * wide - left
-        latent = piece.latent[:, max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
-        y, x = max(y, 0), max(x, 0)
+    for piece, y, x in placed:
+        latent, place = _common(piece.latent, y, x, (0, height, 0, width))
         if latent.size:
-            dequantise(model, quality, latent, core[0, :, y : y + latent.shape[1], x : x + latent.shape[2]])
-    # Of what stands beside the core no position looks at another.
-    own, others = pieces[tile.number], max(model.latent.channels - 4 * model.core, 0)
-    if model.widths[own.width] <= model.core:
-        rest = np.zeros((1, others, 1, 1), np.float32)
-    else:
-        rest = np.zeros((1, others, *((y1 - y0, x1 - x0) if model.lone_rest else (height, width))), np.float32)
-        wanted = rest if model.lone_rest else rest[:, :, y0 - top : y1 - top, x0 - left : x1 - left]
-        dequantise(model, quality, own.latent[:, y0:y1, x0:x1], rest=wanted[0])
-    return runtime.Patch(core, rest, (y0 - top, y1 - top, x0 - left, x1 - left))
+            dequantise(model, quality, latent, core[0][place])
+    # Of what stands beside the core no position looks at another, but for a post-filter.
+    rows_seen = max(y0 - model.ring, top) - top, min(y1 + model.ring, bottom) - top
+    columns_seen = max(x0 - model.ring, left) - left, min(x1 + model.ring, right) - left
+    seen = [
+        _common(piece.latent, y, x, (*rows_seen, *columns_seen))
+        for piece, y, x in placed
+        if model.widths[piece.width] > model.core
+    ]
+    others, size = max(model.latent.channels - 4 * model.core, 0), (1, 1)
+    if any(latent.size for latent, _ in seen):
+        lone = rows_seen[1] - rows_seen[0], columns_seen[1] - columns_seen[0]
+        size = lone if model.lone_rest else (height, width)
+    rest = np.zeros((1, others, *size), np.float32)
+    wanted = rest[0] if model.lone_rest else rest[0][:, slice(*rows_seen), slice(*columns_seen)]
+    for latent, place in seen:
+        if latent.size:
+            dequantise(model, quality, latent, rest=wanted[place])
+    return runtime.Patch(core, rest, (y0 - top, y1 - top, x0 - left, x1 - left), quality)
+
+
+def _common(
+    latent: _Latent, y: int, x: int, window: tuple[int, int, int, int]
+) -> tuple[_Latent, tuple[slice, slice, slice]]:
+    """What of a latent (C, h, w) that begins at y, x lies in a window of rows and columns, and where in that."""
+    top, bottom, left, right = window
+    part = latent[:, max(top - y, 0) : max(bottom - y, 0), max(left - x, 0) : max(right - x, 0)]
+    down, across = max(y - top, 0), max(x - left, 0)
+    return part, np.s_[:, down : down + part.shape[1], across : across + part.shape[2]]
 
 
 def pack_tile(model: runtime.Model, quality: float, symbols: Symbols) -> bytes:

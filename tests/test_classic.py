@@ -156,7 +156,9 @@ def test_tiles_have_no_seams(model: str) -> None:
     if "l" in code.tensors:
         latents.append(code.tensors["l"].astype(np.float32))
     core = np.concatenate(latents).astype(np.float32)[None]
-    whole = own.synthesise(runtime.Patch(core, core[:, :0], (0, core.shape[2], 0, core.shape[3])))[:height, :width]
+    whole = own.synthesise(runtime.Patch(core, core[:, :0], (0, core.shape[2], 0, core.shape[3]), 50.0))[
+        :height, :width
+    ]
     decoded = codec.synthesise(code)
     assert abs(whole.reshape(decoded.shape).astype(int) - decoded).max() <= 1
     region = codec.decode(codec.pack(code), region=(300, 250, 200, 100))

@@ -20,7 +20,7 @@ from hourglass.codec import Codec, errors, exactness, image, runtime
 from hourglass.codec.quantise import narrow, widen
 from hourglass.codec.train.export import load_checkpoint
 from hourglass.codec.train.graphs import PriorGraph, kmacs
-from hourglass.codec.train.network import Block, BytewiseBlock, unweave
+from hourglass.codec.train.network import Block, BytewiseBlock, hats, unweave
 
 MODEL = runtime.ZOO / runtime.DEFAULT_MODEL
 PRIOR = MODEL / "prior.onnx"
@@ -195,12 +195,13 @@ def test_decoder_works_on_bytes_as_in_training(monkeypatch: pytest.MonkeyPatch) 
     x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
     with torch.no_grad():
         latent = net.analysis(x / 255)
-        wanted = (net.synthesis(latent)[0].permute(1, 2, 0).numpy() * 255).round()
+        weights = hats(torch.tensor([50.0]), net.shape.anchors)
+        wanted = (net.synthesis(latent, weights)[0].permute(1, 2, 0).numpy() * 255).round()
         for name in ("forward", "active"):
             monkeypatch.setattr(BytewiseBlock, name, getattr(Block, name))
-        in_float = (net.synthesis(latent)[0].permute(1, 2, 0).numpy() * 255).round()
+        in_float = (net.synthesis(latent, weights)[0].permute(1, 2, 0).numpy() * 255).round()
     core, rest = unweave(latent, net.shape.core)
-    patch = runtime.Patch(core.numpy(), rest.numpy(), (0, 8, 0, 12))
+    patch = runtime.Patch(core.numpy(), rest.numpy(), (0, 8, 0, 12), 50.0)
     decoded = runtime.open_model(runtime.DEFAULT_MODEL).synthesise(patch).astype(np.float32)
     of_bytes, of_floats, of_decoded = (np.square(pixels - picture).mean() for pixels in (wanted, in_float, decoded))
     assert of_decoded == pytest.approx(of_bytes, rel=0.01)
@@ -210,7 +211,8 @@ def test_decoder_works_on_bytes_as_in_training(monkeypatch: pytest.MonkeyPatch) 
     parts = list(net.synthesis.fine)
     assert operators.count("MatMulIntegerToFloat") == len(parts)
     seen, expanded = (sum(getattr(part, name, None) is not None for part in parts) for name in ("log_seen", "expand"))
-    assert operators.count("QLinearConv") == seen + expanded > 0
+    assert net.synthesis.post is not None
+    assert operators.count("QLinearConv") == seen + expanded + 3  # of the post-filter
 
 
 def _changed(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:

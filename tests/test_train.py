@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from hourglass.codec import Codec, errors, image, metrics
@@ -23,12 +25,15 @@ from hourglass.codec.train import loop, prior
 from hourglass.codec.train.blocks import squared_error
 from hourglass.codec.train.classic import SHAPES, Classic, start_linear
 from hourglass.codec.train.data import list_training, load_pieces
+from hourglass.codec.train.decoders import decoder
 from hourglass.codec.train.export import LARGE, average, export, halve, load_checkpoint
+from hourglass.codec.train.graphs import GradientGraph
 from hourglass.codec.train.network import (
     LEAST_LOG_STEP,
     BytewiseBlock,
     Filter,
     Hourglass,
+    PostFilter,
     Shape,
     as_bytes,
     hats,
@@ -122,7 +127,7 @@ def test_pca_start_is_a_transform_codec() -> None:
         start_from_pca(net, pictures, torch.Generator().manual_seed(1))
         start_rest(net, pictures, torch.Generator().manual_seed(1))
         with torch.no_grad():
-            back = net.synthesis(net.analysis(x))
+            back = net.synthesis(net.analysis(x), hats(torch.zeros(1), net.shape.anchors))
         errors_by_width.append(-10 * float(torch.log10((back - x).square().mean())))
     assert errors_by_width[0] > 80
     assert errors_by_width[0] > errors_by_width[1] > 35
@@ -460,11 +465,105 @@ def test_gradient_graph_is_the_gradient(net: Hourglass, zoo: Path) -> None:
     picture = image.read(IMAGES / "motocross.png")[:64, :128]
     x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
     latent = net.analysis(x / 255).detach().requires_grad_(True)
-    error = (net.synthesis(latent) * 255 - x).square().sum()
+    error = (net.synthesis(latent, hats(torch.tensor([40.0]), net.shape.anchors)) * 255 - x).square().sum()
     (expected,) = torch.autograd.grad(error, latent)
-    value, slope = open_model("small-1", zoo).error_slope(latent[0].detach().numpy(), picture)
+    value, slope = open_model("small-1", zoo).error_slope(latent[0].detach().numpy(), 40.0, picture)
     assert value == pytest.approx(float(error.detach()), rel=1e-4)
     assert np.allclose(slope, expected[0], rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
+
+
+def _with_strong_filter() -> Hourglass:
+    """An untrained network whose post-filter changes a picture by some grey levels."""
+    torch.manual_seed(4)
+    net = Hourglass(SHAPE)
+    assert net.synthesis.post is not None
+    with torch.no_grad():
+        latent = torch.randn(1, SHAPE.latent, 8, 8)
+        net.synthesis.fit_steps(latent)
+        deviation = net.synthesis.to_depth(latent).std()
+        for layer in (net.synthesis.from_trunk, net.synthesis.from_rest):
+            layer.weight *= 0.2 / deviation
+        net.synthesis.from_trunk.bias.fill_(0.5)  # type: ignore[union-attr]
+        net.synthesis.post.last.weight.normal_(std=0.3)
+        net.synthesis.post.log_scale.uniform_(-0.5, 0.5)
+    return net.eval()
+
+
+def test_gradient_passes_the_post_filter() -> None:
+    """As above, for a filter that does much, with edges, clips and the quality between two anchors."""
+    net = _with_strong_filter()
+    latent = torch.randn(1, SHAPE.latent, 4, 8).requires_grad_(True)
+    picture = torch.randint(0, 256, (1, 64, 128, 3), dtype=torch.uint8)
+    inside = torch.ones(1, 64, 128, 1, dtype=torch.uint8)
+    weights = hats(torch.tensor([37.0]), SHAPE.anchors)
+    decoded = net.synthesis(latent, weights)
+    plain = F.pixel_shuffle(net.synthesis.to_depth(latent), 8)
+    assert 3 < 255 * float((decoded - plain).detach().abs().mean()) < 60
+    error = (decoded * 255 - picture.permute(0, 3, 1, 2)).square().sum()
+    (expected,) = torch.autograd.grad(error, latent)
+    with torch.no_grad():
+        value, slope = GradientGraph(net)(latent, picture, inside, weights)
+    assert float(value) == pytest.approx(float(error.detach()), rel=1e-4)
+    assert torch.allclose(slope, expected, rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
+
+
+def test_post_filter_sees_no_mean() -> None:
+    """Whatever the colour of a picture, the correction is the same: the rounded weights of each colour sum up to 0."""
+    post = PostFilter(24, 11)
+    with torch.no_grad():
+        post.last.weight.normal_(std=0.3)
+        integers, factor = post.differences()
+        assert factor.shape == (24, 1, 1)
+        assert torch.equal(integers, integers.round())
+        assert 60 <= float(integers.abs().max()) <= 64
+        assert not integers.reshape(24, 3, 36).sum(2).any()
+        dark = torch.randint(0, 100, (1, 3, 32, 48)).float()
+        weights = hats(torch.tensor([55.0]), 11)
+        found = post(dark, weights)
+        assert float(found.std()) > 1
+        assert torch.equal(found, post(dark + torch.tensor([3.0, 90.0, 155.0])[:, None, None], weights))
+
+
+@pytest.mark.parametrize("quality", [8.0, 93.0])
+def test_decoder_corrects_as_in_training(quality: float) -> None:
+    """decoder.onnx with a filter that does much, whole and parts of it, whose surroundings it sees, against PyTorch."""
+    net = _with_strong_filter()
+    latent, weights = torch.randn(1, SHAPE.latent, 6, 8), hats(torch.tensor([quality]), SHAPE.anchors)
+    with torch.no_grad():
+        wanted = (net.synthesis(latent, weights)[0].permute(1, 2, 0) * 255).round().numpy()
+    core, rest = (part.numpy() for part in unweave(latent, SHAPE.core))
+    session = ort.InferenceSession(decoder(net).SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def decoded(y0: int, y1: int, x0: int, x1: int) -> NDArray[np.float32]:
+        ring = rest[:, :, max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1]
+        keep = np.array([y0, y1, x0, x1])
+        (pixels,) = session.run(None, {"core": core, "rest": ring, "keep": keep, "quality": weights.numpy()})
+        return np.asarray(pixels[0], np.float32)
+
+    whole = decoded(0, 6, 0, 8)
+    assert whole.shape == wanted.shape
+    assert np.abs(whole - wanted).mean() < 0.3
+    for y0, y1, x0, x1 in ((0, 6, 0, 4), (2, 4, 3, 8), (0, 1, 0, 1), (3, 6, 2, 3)):
+        part = whole[16 * y0 : 16 * y1, 16 * x0 : 16 * x1]
+        assert np.abs(decoded(y0, y1, x0, x1) - part).mean() < 0.01
+
+
+def test_post_filter_learns_alone() -> None:
+    """`post_steps`: it takes away some of the error, and nothing else changes."""
+    settings = replace(SETTINGS, steps=100_000, prior_steps=0, post_steps=100_000, crop=64, rate=3e-3)
+    pieces, held_out = load_pieces(list_training(IMAGES), 64, CPU).split(2)
+    state = loop.fresh(settings, SHAPE, pieces, CPU)
+    x, quality = held_out.pixels.permute(0, 3, 1, 2).float() / 255, torch.tensor([20.0, 60.0])
+    before = copy.deepcopy(state.net.state_dict())
+    state.step = 200  # behind the warm-up
+    first = float(loop.post_loss_of(state.net, x, quality).detach())
+    assert first == pytest.approx(1, abs=0.02)  # what is beyond white and black is clipped
+    for _ in range(40):
+        loop.step(state, settings, pieces)
+    assert float(loop.post_loss_of(state.net, x, quality).detach()) < first - 0.01
+    changed = {name for name, value in state.net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("synthesis.post.") for name in changed)
 
 
 def test_bytes_of_a_filter() -> None:

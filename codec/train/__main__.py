@@ -59,6 +59,10 @@ def main() -> None:
 @click.option(
     "--prior-steps", default=_DEFAULTS.prior_steps, show_default=True, help="First steps, for the prior alone."
 )
+@click.option(
+    "--post", type=click.IntRange(0), default=Shape.post, show_default=True, help="Channels of the post-filter."
+)
+@click.option("--post-steps", default=_DEFAULTS.post_steps, show_default=True, help="Steps after these, for it alone.")
 @click.option("--rate", default=_DEFAULTS.rate, show_default=True, help="Highest learning rate.")
 @click.option(
     "--settle", default=_DEFAULTS.settle, show_default=True, help="Last part of the run with the encoder's choices."
@@ -93,6 +97,7 @@ def run(
     trunk: int,
     core: int | None,
     analysis_blocks: tuple[int, int],
+    post: int,
     start: Path | None,
     compiled: bool,
     **settings: Any,
@@ -109,7 +114,9 @@ def run(
     elif grey:
         raise errors.InvalidArgument("--grey goes with --classic: the flagship has three channels")
     else:
-        shape = Shape(latent=latent, core=core or latent * 5 // 32 * 4, trunk=trunk, analysis_blocks=analysis_blocks)
+        shape = Shape(
+            latent=latent, core=core or latent * 5 // 32 * 4, trunk=trunk, analysis_blocks=analysis_blocks, post=post
+        )
     loop.train(folder, out, loop.Settings(**settings), shape, tier, _device(device), start, compiled)
 
 

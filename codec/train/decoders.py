@@ -25,6 +25,7 @@ from hourglass.codec.train.network import (
     BytewiseBlock,
     Filter,
     Hourglass,
+    PostFilter,
     Synthesis,
     row_factor,
     unweave,
@@ -144,31 +145,37 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
 
     core (1, c, h, w) float32. keep (4,) int64: first and last row, first and last column (exclusive) of the positions
     that are wanted, 16x16 pixels each. rest (1, r, h', w') float32 of these alone, or zeros (1, r, 1, 1) where it is
-    all zero, which saves its work.
+    all zero, which saves its work. With a post-filter, rest of one more row and column on each side, where core has
+    them, which the filter looks at; and quality (1, anchors) float32, the `hats` that it depends on.
 
     Raises `InvalidArgument` for a network that sees floats there.
     """
     synthesis, graph = net.synthesis, _Decoder(net.synthesis)
-    t, wanted = graph.trunk(), graph.wanted()
+    post = synthesis.post
+    t, seen = graph.trunk(), graph.ring() if post else "keep"
+    wanted = graph.fine(seen)
     for number, own in enumerate(graph.parts):
         left, is_middle = len(graph.parts) - number, number == len(graph.parts) // 2
         t, wanted = graph.part(f"fine.{number}", own, t, wanted, left if is_middle else None)
     overlap, kernel = synthesis.overlap, synthesis.overlap.weight * graph.step[:, None]
     first = graph.add("Transpose", t, perm=[0, 3, 1, 2])
-    seen = graph.convolve("overlap", first, kernel, _bias(overlap), overlap.groups, pad=1)
-    seen = graph.cut(seen, wanted, (2, 3))
+    x = graph.convolve("overlap", first, kernel, _bias(overlap), overlap.groups, pad=1)
+    x = graph.add("Transpose", graph.cut(x, wanted, (2, 3)), perm=[0, 2, 3, 1])
     order = by_row(8)
     weight, bias = synthesis.from_trunk.weight[order, :, 0, 0], synthesis.from_trunk.bias
     assert bias is not None
-    d = graph.product("from_trunk", graph.add("Transpose", seen, perm=[0, 2, 3, 1]), 255 * weight.T, 255 * bias[order])
+    d = graph.product("from_trunk", x, 255 * weight.T, 255 * bias[order])
     rest = synthesis.from_rest.weight.reshape(192, 2, 2, -1)[order]
-    return graph.finished(d, rest, 8)
+    if not post:
+        return graph.finished(d, rest, 8)
+    graph.corrected(graph.lines(graph.with_rest(d, rest), graph.size(d), 8, 24), seen, post)
+    return graph.model(rest.shape[-1], post.log_gain.numel())
 
 
 def reduced(small: Reduced) -> onnx.ModelProto:
     """reduced-2.onnx, -4, -8: what decoder.onnx takes -> image (1, H / scale, W / scale, 3) uint8."""
     graph = _Decoder(small.synthesis)
-    t, wanted, side = graph.trunk(), graph.wanted(), small.side
+    t, wanted, side = graph.trunk(), graph.fine("keep"), small.side
     floats = [
         graph.add("DequantizeLinear", graph.before(f"fine.{number}", own, t), graph.number(1), graph.zero(ZERO))
         for number, own in enumerate(small.seen)
@@ -208,9 +215,15 @@ class _Decoder(Nodes):
     def whole_numbers(self, *values: int) -> str:
         return self.constant(np.array(values, np.int64))
 
-    def wanted(self) -> str:
-        """(4,): ends of the rows and columns at 1/8 resolution that are wanted."""
-        return self.add("Mul", "keep", self.whole_numbers(2))
+    def fine(self, ends: str) -> str:
+        """Ends of rows and columns, (4,), at 1/8 resolution."""
+        return self.add("Mul", ends, self.whole_numbers(2))
+
+    def ring(self) -> str:
+        """(4,): `keep` with one more row and column of positions on each side, where core has them."""
+        size = self.add("Gather", self.add("Shape", "core"), self.whole_numbers(2, 2, 3, 3))
+        wider = self.add("Add", "keep", self.whole_numbers(-1, 1, -1, 1))
+        return self.add("Max", self.add("Min", wider, size), self.whole_numbers(0))
 
     def convolve(self, name: str, x: str, weight: Tensor, bias: Tensor, groups: int = 1, pad: int = 0) -> str:
         """(1, C, h, w) -> (1, C', h', w'), with zeros of `pad` positions around."""
@@ -291,7 +304,7 @@ class _Decoder(Nodes):
         trunk, (integers, factor) = self.step.flatten(), _integers(own.project.weight * step)
         # A matrix product, a cast, a scale and a bias in one: three passes over the floats less.
         inputs = (
-            self.constant(np.ascontiguousarray(integers[:, :, 0, 0].T)),
+            self.constant(np.ascontiguousarray(integers[:, :, 0, 0].T.numpy().astype(np.int8))),
             self.number(1),
             self.constant(_array(factor / trunk)),
             self.zero(zero),
@@ -329,7 +342,7 @@ class _Decoder(Nodes):
         """A convolution of bytes, weight (O, I, k, k) in their steps, to bytes of steps `after`, (O, 1, 1) or ()."""
         integers, factor = _integers(weight, largest)
         scale = _array(factor / after.flatten())
-        constants: list[NDArray[Any]] = [integers, scale, np.array(0, np.int8)]
+        constants: list[NDArray[Any]] = [integers.numpy().astype(np.int8), scale, np.array(0, np.int8)]
         inputs = self.number(1), self.zero(ZERO), *map(self.constant, constants), self.number(1), self.zero(ZERO)
         whole_bias = self.constant(np.rint(_array(bias / factor)).astype(np.int32))
         attributes |= {"name": name, "domain": _OF_RUNTIME, "channels_last": 1}
@@ -339,33 +352,124 @@ class _Decoder(Nodes):
         """The byte that stands for 0."""
         return self.constant(np.array(value, np.uint8))
 
+    def with_rest(self, d: str, rest: Tensor) -> str:
+        """d (1, 2 h', 2 w', n), grey levels, and what rest adds -> (h', 2, w', 2 n).
+
+        rest: weights (n, 2, 2, r).
+        """
+        samples = len(rest)
+        weight = 255 * rest.permute(3, 1, 2, 0).flatten(1)  # (r, 4 positions of all samples, one row after the other)
+        added = self.product("from_rest", self.add("Transpose", "rest", perm=[0, 2, 3, 1]), weight, None)
+        added = self.doubled(added, samples)  # (h', 2, w', 2 n), or (1, 2, 1, 2 n)
+        two, both, minus = self.whole_numbers(2), self.whole_numbers(2 * samples), self.whole_numbers(-1)
+        across = self.add("Div", self.size(d)[1], two)
+        paired = self.add("Reshape", d, self.add("Concat", minus, two, across, both, axis=0))
+        return self.add("Add", paired, added)
+
     def finished(self, d: str, rest: Tensor, side: int) -> onnx.ModelProto:
         """The model: d (1, 2 h', 2 w', 3 side^2), grey levels, and what rest adds -> image (1, 2 side h', ..., 3).
 
         rest: weights (3 side^2, 2, 2, r). Channels are `by_row`.
         """
-        samples = len(rest)
-        weight = 255 * rest.permute(3, 1, 2, 0).flatten(1)  # (r, 4 positions of all samples, one row after the other)
-        added = self.product("from_rest", self.add("Transpose", "rest", perm=[0, 2, 3, 1]), weight, None)
-        two, both, minus = self.whole_numbers(2), self.whole_numbers(2 * samples), self.whole_numbers(-1)
-        added = self.doubled(added, samples)  # (h', 2, w', 2 x samples), or (1, 2, 1, 2 x samples)
-        rows, columns = self.size(d)
-        across = self.add("Div", columns, two)
-        paired = self.add("Reshape", d, self.add("Concat", minus, two, across, both, axis=0))
-        total = self.add("Add", self.add("Add", paired, self.number(0.5)), added)  # a cast truncates
-        levels = self.add("Cast", self.add("Clip", total, self.number(0), self.number(255)), to=TensorProto.UINT8)
-        # Lines of pixels of a position one behind the other, then line behind line.
-        pixels = self.add("Concat", rows, columns, self.whole_numbers(side), self.whole_numbers(3 * side), axis=0)
-        lines = self.add("Transpose", self.add("Reshape", levels, pixels), perm=[0, 2, 1, 3])
-        size = [self.add("Mul", count, self.whole_numbers(side)) for count in (rows, columns)]
-        shape = self.add("Concat", self.whole_numbers(1), *size, self.whole_numbers(3), axis=0)
-        self.add("Reshape", lines, shape, name="image")
-        channels, others = self.synthesis.core, weight.shape[0]
+        size = self.size(d)
+        levels = self.add("QuantizeLinear", self.with_rest(d, rest), self.number(1), self.zero(0))
+        self.lines(levels, size, side, 3 * side, "image")
+        return self.model(rest.shape[-1])
+
+    def corrected(self, d: str, seen: str, post: PostFilter) -> None:
+        """The output: d (1, H, W, 3), grey levels of the positions in `seen`, and what the post-filter adds to those in
+        `keep`.
+
+        A layer that makes several groups of 2x2 pixels at a time, with zeros among its weights, is faster: fewer and
+        longer stretches of memory to copy, and as many outputs as onnxruntime computes at a time.
+        """
+        number, reach = self.whole_numbers, post.reach
+        # What is wanted, and as much around as the filter looks at; where there is nothing the edge is repeated.
+        first = self.add("Gather", seen, number(0, 0, 2, 2))
+        ends = self.add("Mul", self.add("Sub", "keep", first), number(16))
+        size = self.add("Gather", self.add("Shape", d), number(1, 1, 2, 2))
+        near = self.add("Add", ends, number(-reach, reach, -reach, reach))
+        near = self.add("Max", self.add("Min", near, size), number(0))
+        levels = self.add("QuantizeLinear", self.cut(d, near, (1, 2)), self.number(1), self.zero(0))
+        missing = self.add("Sub", number(reach), self.add("Abs", self.add("Sub", ends, near)))
+        before, behind = (self.add("Gather", missing, number(*places)) for places in ((0, 2), (1, 3)))
+        pads = self.add("Concat", number(0), before, number(0, 0), behind, number(0), axis=0)
+        x = self.add("Pad", levels, pads, mode="edge")
+        scale, gain = (
+            self.add("Exp", self.add("MatMul", "quality", self.constant(_array(values))))
+            for values in (post.log_scale, post.log_gain)
+        )
+        unit, fine = self.number(post.unit), self.number(post.fine)
+        # The first layer, two groups at a time.
+        integers, factor = post.differences()
+        hidden = len(integers)
+        kernel = integers.reshape(hidden, 3, 2, 2, 3, 3).permute(0, 1, 4, 2, 5, 3).reshape(hidden, 3, 6, 6)
+        after = self.add("Squeeze", self.add("Div", unit, scale)), 0
+        values = _together(kernel, 2, 2), factor.flatten().repeat(2), _bias(post.first).repeat(2)
+        x = self._requantised("post.first", x, post.level, values, after, [2, 4])
+        rows, columns = self.size(x)
+        columns = self.add("Mul", columns, number(2))
+        x = self.add("Reshape", x, self.add("Concat", number(1), rows, columns, number(hidden), axis=0))
+        values = *_integers(post.middle.weight), _bias(post.middle)
+        x = self._requantised("post.middle", x, post.unit, values, (unit, 0))
+        # The last one, four groups at a time: their upper rows of pixels, then their lower ones.
+        integers, factor = _integers(post.last.weight)
+        order = torch.arange(4 * 12).reshape(4, 3, 2, 2).permute(2, 0, 3, 1).flatten()
+        values = (
+            _together(integers, 4, 1)[order],
+            factor.repeat(4)[order],
+            _bias(post.last).repeat(4)[order],
+        )
+        after = self.add("Squeeze", self.add("Div", fine, gain)), ZERO
+        x = self._requantised("post.last", x, post.unit, values, after, [1, 4])
+        added = self.lines(x, self.size(x), 2, 24)
+        added = self.add("DequantizeLinear", added, fine, self.zero(ZERO))
+        levels = self.add("Add", self.cut(d, ends, (1, 2)), added)
+        self.add("QuantizeLinear", levels, self.number(1), self.zero(0), name="image")
+
+    def lines(self, x: str, size: list[str], count: int, length: int, name: str = "") -> str:
+        """Positions (size[0], size[1]) that have `count` lines of `length` samples each -> a picture (1, H, W, 3)."""
+        number = self.whole_numbers
+        parts = self.add("Concat", *size, number(count), number(length), axis=0)
+        lines = self.add("Transpose", self.add("Reshape", x, parts), perm=[0, 2, 1, 3])
+        height, width = (self.add("Mul", n, number(k)) for n, k in zip(size, (count, length // 3), strict=True))
+        shape = self.add("Concat", number(1), height, width, number(3), axis=0)
+        return self.add("Reshape", lines, shape, name=name)
+
+    def _requantised(
+        self,
+        name: str,
+        x: str,
+        before: float,
+        layer: tuple[Tensor, Tensor, Tensor],
+        after: tuple[str, int],
+        strides: Sequence[int] = (1, 1),
+    ) -> str:
+        """A convolution of bytes from 0 on, (1, h, w, C), to bytes, without padding.
+
+        before, after: the step of either, and which of the latter stands for 0. layer: integers (O, C, k, k'), what
+        they count (O,), bias (O,).
+        """
+        integers, factor, bias = layer
+        constants: list[NDArray[Any]] = [
+            integers.detach().numpy().astype(np.int8),
+            _array(factor),
+            np.array(0, np.int8),
+        ]
+        whole_bias = self.constant(np.rint(_array(bias / (before * factor))).astype(np.int32))
+        inputs = x, self.number(before), self.zero(0), *map(self.constant, constants), after[0], self.zero(after[1])
+        attributes: dict[str, Any] = {"name": name, "domain": _OF_RUNTIME, "channels_last": 1, "strides": [*strides]}
+        return self.add("QLinearConv", *inputs, whole_bias, **attributes)
+
+    def model(self, others: int, anchors: int = 0) -> onnx.ModelProto:
+        """Of all nodes so far. others: channels of rest. anchors: of the quality, 0 where it is no input."""
         entries = [
-            ("core", TensorProto.FLOAT, (1, channels, "rows", "columns")),
+            ("core", TensorProto.FLOAT, (1, self.synthesis.core, "rows", "columns")),
             ("rest", TensorProto.FLOAT, (1, others, "rest_rows", "rest_columns")),
             ("keep", TensorProto.INT64, (4,)),
         ]
+        if anchors:
+            entries.append(("quality", TensorProto.FLOAT, (1, anchors)))
         image = helper.make_tensor_value_info("image", TensorProto.UINT8, (1, "height", "width", 3))
         inputs = [helper.make_tensor_value_info(*entry) for entry in entries]
         graph = helper.make_graph(self.nodes, "decoder", inputs, [image], self.constants)
@@ -375,10 +479,16 @@ class _Decoder(Nodes):
         return model
 
 
-def _integers(weight: Tensor, largest: int = BYTE_WEIGHT) -> tuple[NDArray[np.int8], Tensor]:
+def _integers(weight: Tensor, largest: int = BYTE_WEIGHT) -> tuple[Tensor, Tensor]:
     """Integer weights (O, I, k, k) as training has them, and what the sums of each output are worth, (O,)."""
     factor = row_factor(weight, largest)
-    return (weight.detach() / factor).round().numpy().astype(np.int8), factor.flatten()
+    return (weight.detach() / factor).round(), factor.flatten()
+
+
+def _together(kernel: Tensor, count: int, step: int) -> Tensor:
+    """A kernel (O, C, k, k') for one place -> (count x O, C, k, k' + (count - 1) step) for places `step` apart."""
+    places = [F.pad(kernel, (step * n, step * (count - 1 - n))) for n in range(count)]
+    return torch.cat(places)
 
 
 def _step(own: _Part) -> Tensor:

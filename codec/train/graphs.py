@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -28,7 +28,18 @@ from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
 from hourglass.codec.train.classic import Classic
 from hourglass.codec.train.decoders import OPSET, Nodes, Reduced, by_row, decoder, reduced
-from hourglass.codec.train.network import ZERO, Block, BytewiseBlock, Filter, Hourglass, Shape, unweave, weave, whole
+from hourglass.codec.train.network import (
+    ZERO,
+    Block,
+    BytewiseBlock,
+    Filter,
+    Hourglass,
+    PostFilter,
+    Shape,
+    unweave,
+    weave,
+    whole,
+)
 from hourglass.codec.train.prior import (
     BYTE,
     HYPER,
@@ -125,7 +136,8 @@ class ClassicDecoderGraph(nn.Module):
 
 
 class GradientGraph(nn.Module):
-    """latent (1, C, h, w), image (1, 16 h, 16 w, 3) uint8 -> squared error of the decoded picture, and its gradient.
+    """latent (1, C, h, w), image (1, 16 h, 16 w, 3) uint8, `hats` of the quality (1, anchors), which only a post-filter
+    takes -> squared error of the decoded picture, and its gradient.
 
     The error is summed over the samples where `inside` (1, 16 h, 16 w, 1) is 1 and not 0, on the 0..255 scale; the
     gradient has the shape of the latent. The backward pass is written out: a graph of ordinary operators, for a search
@@ -136,8 +148,13 @@ class GradientGraph(nn.Module):
     def __init__(self, net: Hourglass) -> None:
         super().__init__()
         self.synthesis = net.synthesis
+        if (post := net.synthesis.post) is not None:
+            integers, factor = post.differences()  # not as operations of the graph
+            self.first = (integers * (factor[..., None] * post.level)).detach()
 
-    def forward(self, latent: Tensor, image: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, latent: Tensor, image: Tensor, inside: Tensor, quality: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         net = self.synthesis
         core, rest = unweave(latent, net.core)
         x = core
@@ -153,15 +170,18 @@ class GradientGraph(nn.Module):
             assert isinstance(part, BytewiseBlock | Filter)
             x, back = _through(part, x)
             backs.append(back)
-        decoded = (net.from_trunk(net.overlap(x)) + F.pixel_shuffle(net.from_rest(rest), 2)) * 255
-        _, _, h, w = decoded.shape
-        wanted, counted = (
-            value.reshape(1, h, 8, w, 8, -1).permute(0, 5, 2, 4, 1, 3).float() for value in (image, inside)
-        )
-        error = (decoded.clamp(0, 255).reshape(1, 3, 8, 8, h, w) - wanted) * counted
-        error = error.reshape(1, 192, h, w)
+        d = net.from_trunk(net.overlap(x)) + F.pixel_shuffle(net.from_rest(rest), 2)
+        decoded = F.pixel_shuffle(d, 8) * 255
+        wanted, counted = (value.permute(0, 3, 1, 2).float() for value in (image, inside))
+        on_top: Callable[[Tensor], Tensor] | None = None  # the way back through the post-filter
+        if net.post:
+            assert quality is not None
+            added, on_top = _corrected(net.post, self.first, decoded.clamp(0, 255).round(), quality)
+            decoded = decoded + added
+        error = (decoded.clamp(0, 255) - wanted) * counted
         # As in training the gradient passes the clip: a sample beyond the range is pushed back.
         g = error * (2 * 255)
+        g = F.pixel_unshuffle(g + on_top(g) if on_top else g, 8)
         of_rest = F.conv_transpose2d(F.pixel_unshuffle(g, 2), net.from_rest.weight)
         g = F.conv_transpose2d(g, net.from_trunk.weight)
         g = F.conv_transpose2d(g, net.overlap.weight, padding=1, groups=len(net.overlap.weight))
@@ -178,6 +198,35 @@ class GradientGraph(nn.Module):
             depthwise = block.depthwise.weight
             g = g + F.conv_transpose2d(of_before, depthwise, padding=1, groups=len(depthwise))
         return error.square().sum(), weave(g, of_rest)
+
+
+def _corrected(
+    post: PostFilter, first: Tensor, levels: Tensor, quality: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What a post-filter adds to a picture of whole grey levels, (1, 3, H, W), and the way back through it.
+
+    first: weights of its first layer for grey levels.
+    """
+    reach = post.reach
+    scale, gain = ((quality @ log).exp()[:, None, None, None] for log in (post.log_scale, post.log_gain))
+    assert post.first.bias is not None
+    x = F.pixel_unshuffle(F.pad(levels, (reach,) * 4, mode="replicate"), 2)
+    seen, below = _as_bytes((F.conv2d(x, first) + post.first.bias[:, None, None]) * (scale / post.unit), 0)
+    middle, last = whole(post.middle.weight), whole(post.last.weight)
+    inner, between = _as_bytes(F.conv2d(seen * post.unit, middle, post.middle.bias) / post.unit, 0)
+    added, above = _as_bytes(F.conv2d(inner * post.unit, last, post.last.bias) * (gain / post.fine), ZERO)
+
+    def back(g: Tensor) -> Tensor:
+        g = F.conv_transpose2d(F.pixel_unshuffle(g, 2) * (above * gain), last)
+        g = F.conv_transpose2d(g * between, middle)
+        g = F.pixel_shuffle(F.conv_transpose2d(g * (below * scale), first), 2)
+        for _ in range(2):  # what is repeated behind an edge falls back on it: rows, then columns
+            inner, above_, below_ = g[:, :, reach:-reach], g[:, :, :reach], g[:, :, -reach:]
+            edges = inner[:, :, :1] + above_.sum(2, keepdim=True), inner[:, :, -1:] + below_.sum(2, keepdim=True)
+            g = torch.cat([edges[0], inner[:, :, 1:-1], edges[1]], 2).transpose(2, 3)
+        return g
+
+    return F.pixel_shuffle(added * post.fine, 2), back
 
 
 _Back: TypeAlias = list[tuple[Tensor, Tensor]]
@@ -244,6 +293,8 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
         small.fit(samples)
         onnx.save(reduced(small), folder / f"reduced-{scale}.onnx")
     both = {"latent": latent, "image": image, "inside": image[..., :1]}
+    if net.synthesis.post:
+        both["quality"] = torch.zeros(1, net.shape.anchors)
     free = {"latent": positions, "image": pixels, "inside": pixels}
     _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
     onnx.save(prior(net.prior, widths(net.shape)), folder / "prior.onnx")

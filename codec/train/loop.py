@@ -30,7 +30,15 @@ from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train.blocks import squared_error
 from hourglass.codec.train.classic import Classic, ClassicShape, start_linear
 from hourglass.codec.train.data import PIECE, Pieces, grey_of, list_training, load_pieces
-from hourglass.codec.train.network import Hourglass, Shape, from_lambdas, start_from_pca, start_prior, start_rest
+from hourglass.codec.train.network import (
+    Hourglass,
+    Shape,
+    from_lambdas,
+    hats,
+    start_from_pca,
+    start_prior,
+    start_rest,
+)
 from hourglass.codec.train.prior import Mode
 
 Network: TypeAlias = "Hourglass | Classic"
@@ -60,6 +68,7 @@ class Settings:
     batch: int = 8  # crops in a step
     crop: int = 128  # pixels a side
     prior_steps: int = 4000  # steps at the beginning that train the prior alone
+    post_steps: int = 0  # steps after these that train the post-filter alone, if there is one
     rate: float = 1.5e-3  # learning rate at its peak; 200 steps of warm-up, then cosine decay to 1/100
     ema: float = 0.9995  # decay of the averaged weights, which are the ones measured and shipped
     clip: float = 1.0  # largest norm of the gradient
@@ -155,6 +164,17 @@ def rate_of(net: Hourglass, y: Tensor, quality: Tensor, mode: Mode = "noise") ->
     return (bpp * (net.weight_of_error(quality) / 0.01).rsqrt()).mean()
 
 
+def post_loss_of(net: Hourglass, x: Tensor, quality: Tensor) -> Tensor:
+    """Squared error of pictures (B, 3, H, W) that are decoded from the encoder's choices, as a part of what it is
+    without the post-filter, which alone learns."""
+    weights = hats(quality, net.shape.anchors)
+    with torch.no_grad():
+        y_hat, _, inverse = net.entropy(net.analysis(x), quality, "settle")
+        decoded = F.pixel_shuffle(net.synthesis.to_depth(y_hat * inverse), 8).float()
+        before = squared_error(x, decoded)
+    return (squared_error(x, net.synthesis.corrected(decoded, weights)) / before.clamp(min=0.5 / 255**2)).mean()
+
+
 def learning_rate(settings: Settings, step: int) -> float:
     if step < 200:
         return settings.rate * (step + 1) / 200
@@ -227,7 +247,8 @@ def fresh(
         taken = (
             _start_from(net, start) | _filters_from(net, start, pieces, settings.crop, generator) if start else set()
         )
-        whole = all(name.endswith(_OF_ITSELF) for name in net.state_dict().keys() - taken)
+        missing = net.state_dict().keys() - taken
+        whole = all(name.endswith(_OF_ITSELF) or name.startswith("synthesis.post.") for name in missing)
         if not whole:
             start_from_pca(net, pictures, generator)
             if start:
@@ -428,6 +449,8 @@ def step(state: State, settings: Settings, pieces: Pieces) -> Tensor:
     with context:
         if latents is not None and isinstance(state.net, Hourglass):
             loss = rate_of(state.net, crops, quality, mode)
+        elif isinstance(state.net, Hourglass) and state.step < settings.prior_steps + settings.post_steps:
+            loss = post_loss_of(state.net, crops / 255, quality)
         else:
             loss = state.loss(state.net, crops / 255, quality, mode, settings.noise)
     state.optimiser.zero_grad(set_to_none=True)

@@ -38,7 +38,10 @@ LEAST_LOG_STEP = -20.0
 """Where the steps of bytes begin that only become larger."""
 
 ZERO = 128
-"""The byte that stands for 0, but for `BytewiseBlock.zeros`."""
+"""The byte that stands for 0, but for `BytewiseBlock.zeros` and inside of `PostFilter`."""
+
+LUMA_AND_DIFFERENCES = torch.tensor([[0.25, 0.5, 0.25], [1, -1, 0], [0, -1, 1]])
+"""(3, 3): what the weights of the first layer of `PostFilter` belong to, as rows of weights of R, G, B."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Shape:
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
     bytewise: bool = True  # whether these, and the blocks of the synthesis at 1/8, work on bytes
+    post: int = 48  # channels inside the post-filter behind the synthesis, 0 for none
     centred: bool = True  # whether symbols stand for the centre of what becomes one, learned for each level
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.00045  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
@@ -72,7 +76,7 @@ class Shape:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Shape:
-        before: dict[str, Any] = {"bytewise": False, "filters": (), "centred": False}  # there was a choice
+        before: dict[str, Any] = {"bytewise": False, "filters": (), "centred": False, "post": 0}  # there was a choice
         values = before | values
         for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden", "filters"):
             values[key] = tuple(values[key])
@@ -330,8 +334,70 @@ class HyperAnalysis(nn.Module):
         return z
 
 
+class PostFilter(nn.Module):
+    """What is added to a decoded picture to make it more like its original: three layers on groups of 2x2 pixels.
+
+    Behind a synthesis that is next to linear this is where edges and textures are told apart: it removes ringing, see
+    NOTES.md. The first layer (3x3) sees bytes, whole grey levels, and nothing of their mean: the weights of each colour
+    sum up to 0. What it and the second (1x1) give is cut off below 0, which is all that is not linear here. The quality
+    decides how strong the one is in front of the other, and how strong the correction is.
+
+    All three multiply bytes by integers of 7 bits. The last one (3x3) gives the correction in bytes, too.
+    """
+
+    level: ClassVar = 1 / 12  # what a grey level counts for the first layer
+    unit: ClassVar = 1 / 16  # what the bytes between layers count
+    fine: ClassVar = 1 / 4  # what the bytes of the correction count, in grey levels
+    reach: ClassVar = 4  # pixels around, that a group's correction depends on
+
+    def __init__(self, hidden: int, anchors: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(12, hidden, 3)
+        self.middle = nn.Conv2d(hidden, hidden, 1)
+        self.last = nn.Conv2d(hidden, 12, 3)
+        self.log_scale = nn.Parameter(torch.zeros(anchors))  # of what the first layer gives
+        self.log_gain = nn.Parameter(torch.full((anchors,), 1.4))  # grey levels of what the last layer gives
+        nn.init.uniform_(self.first.bias, -0.2, 0.2)  # type: ignore[arg-type]
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
+
+    def forward(self, levels: Tensor, weights: Tensor) -> Tensor:
+        """levels (B, 3, H, W), 0..255, whole numbers, and `hats` (B, anchors) -> the correction (B, 3, H, W)."""
+        x = F.pixel_unshuffle(F.pad(levels, (self.reach,) * 4, mode="replicate"), 2)
+        scale, gain = ((weights @ log).exp()[:, None, None, None] for log in (self.log_scale, self.log_gain))
+        integers, factor = self.differences()
+        assert self.first.bias is not None
+        bias = self.first.bias[:, None, None]
+        active = self._active((F.conv2d(x, integers) * (factor * self.level) + bias) * scale)
+        active = self._active(F.conv2d(active, whole(self.middle.weight), self.middle.bias))
+        found = F.conv2d(active, whole(self.last.weight), self.last.bias) * gain
+        return F.pixel_shuffle(as_bytes(found / self.fine, found.new_zeros(()), ZERO) * self.fine, 2)
+
+    def _active(self, x: Tensor) -> Tensor:
+        """x from 0 on, as bytes hold it."""
+        return as_bytes(x / self.unit, x.new_zeros(()), 0) * self.unit
+
+    def differences(self) -> tuple[Tensor, Tensor]:
+        """The first layer's weights for R, G and B, integers (hidden, 12, 3, 3) of which those of one colour sum up to
+        0, and what they count, (hidden, 1, 1).
+
+        They are rounded such that every partial sum is the nearest, which keeps the whole one.
+        """
+        with torch.autocast(self.first.weight.device.type, enabled=False):
+            colours = LUMA_AND_DIFFERENCES.to(self.first.weight)
+            weight = torch.einsum("oicyx,ij->ojcyx", self.first.weight.reshape(-1, 3, 4, 3, 3), colours).flatten(2)
+            weight = weight - weight.mean(2, keepdim=True)
+            largest = weight.detach().abs().amax((1, 2), keepdim=True).clamp(min=1e-12)
+            factor = largest / (BYTE_WEIGHT - 1)  # rounding may add one
+            exact = weight / factor
+            integers = F.pad(exact.detach().cumsum(2).round(), (1, 0)).diff(dim=2)
+            return (exact + (integers - exact).detach()).reshape(self.first.weight.shape), factor
+
+
 class Synthesis(nn.Module):
     """Synthesis transform g_s. y_hat (B, latent, h, w) -> (B, 3, 16 h, 16 w) in [0, 1].
+
+    Behind it there may be a post-filter, which knows the quality.
 
     The clip passes gradients straight through: a pixel beyond the range is pushed back by the error that remains.
     """
@@ -345,6 +411,7 @@ class Synthesis(nn.Module):
         self.overlap = nn.Conv2d(shape.trunk, shape.trunk, 3, padding=1, groups=shape.trunk)
         self.from_trunk = nn.Conv2d(shape.trunk, 192, 1)
         self.from_rest = nn.Conv2d(shape.latent - shape.core, 4 * 192, 1, bias=False)
+        self.post = PostFilter(shape.post, shape.anchors) if shape.post else None
         nn.init.dirac_(self.overlap.weight, shape.trunk)
         nn.init.zeros_(self.overlap.bias)  # type: ignore[arg-type]
 
@@ -363,9 +430,16 @@ class Synthesis(nn.Module):
             )
         )
 
-    def forward(self, y_hat: Tensor) -> Tensor:
-        d = self.to_depth(y_hat)
-        return F.pixel_shuffle(d + (d.clamp(0, 1) - d).detach(), 8)
+    def forward(self, y_hat: Tensor, weights: Tensor) -> Tensor:
+        """weights: `hats` of the quality, (B, anchors)."""
+        return self.corrected(F.pixel_shuffle(self.to_depth(y_hat), 8), weights)
+
+    def corrected(self, x: Tensor, weights: Tensor) -> Tensor:
+        """A picture (B, 3, H, W) as the transform makes it -> what it becomes."""
+        if self.post:
+            x = x.float()  # bfloat16 in mixed precision, which does not tell grey levels apart
+            x = x + self.post(rounded(_within(x) * 255), weights) / 255
+        return _within(x)
 
     def to_depth(self, y_hat: Tensor) -> Tensor:
         """y_hat -> (B, 192, 2 h, 2 w): the picture before the clip and depth-to-space."""
@@ -402,6 +476,11 @@ class Synthesis(nn.Module):
 
     def rest_to_depth(self, rest: Tensor) -> Tensor:
         return F.pixel_shuffle(self.from_rest(rest), 2)
+
+
+def _within(x: Tensor) -> Tensor:
+    """x clipped to [0, 1], with a straight-through gradient."""
+    return x + (x.clamp(0, 1) - x).detach()
 
 
 def hats(quality: Tensor, anchors: int) -> Tensor:
@@ -526,7 +605,7 @@ class Hourglass(nn.Module):
     def code(self, y: Tensor, quality: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         """Latent (B, latent, h, w), h and w multiples of 4 -> x_hat and ideal bits (B,)."""
         y_hat, bits, inverse = self.entropy(y, quality, mode)
-        return self.synthesis(y_hat * inverse), bits
+        return self.synthesis(y_hat * inverse, hats(quality, self.shape.anchors)), bits
 
     def hyper(self, y: Tensor) -> Tensor:
         """Hyper-latent (B, hyper, h/4, w/4)."""

@@ -380,8 +380,8 @@ class _Decoder(Nodes):
         """The output: d (1, H, W, 3), grey levels of the positions in `seen`, and what the post-filter adds to those in
         `keep`.
 
-        A layer that makes several groups of 2x2 pixels at a time, with zeros among its weights, is faster: fewer and
-        longer stretches of memory to copy, and as many outputs as onnxruntime computes at a time.
+        A layer that makes two groups of 2x2 pixels at a time, with zeros among its weights, is faster: fewer and longer
+        stretches of memory to copy.
         """
         number, reach = self.whole_numbers, post.reach
         # What is wanted, and as much around as the filter looks at; where there is nothing the edge is repeated.
@@ -412,17 +412,13 @@ class _Decoder(Nodes):
         x = self.add("Reshape", x, self.add("Concat", number(1), rows, columns, number(hidden), axis=0))
         values = *_integers(post.middle.weight), _bias(post.middle)
         x = self._requantised("post.middle", x, post.unit, values, (unit, 0))
-        # The last one, four groups at a time: their upper rows of pixels, then their lower ones.
+        # The last one, too: their upper rows of pixels, then their lower ones.
         integers, factor = _integers(post.last.weight)
-        order = torch.arange(4 * 12).reshape(4, 3, 2, 2).permute(2, 0, 3, 1).flatten()
-        values = (
-            _together(integers, 4, 1)[order],
-            factor.repeat(4)[order],
-            _bias(post.last).repeat(4)[order],
-        )
+        order = torch.arange(2 * 12).reshape(2, 3, 2, 2).permute(2, 0, 3, 1).flatten()
+        values = _together(integers, 2, 1)[order], factor.repeat(2)[order], _bias(post.last).repeat(2)[order]
         after = self.add("Squeeze", self.add("Div", fine, gain)), ZERO
-        x = self._requantised("post.last", x, post.unit, values, after, [1, 4])
-        added = self.lines(x, self.size(x), 2, 24)
+        x = self._requantised("post.last", x, post.unit, values, after, [1, 2])
+        added = self.lines(x, self.size(x), 2, 12)
         added = self.add("DequantizeLinear", added, fine, self.zero(ZERO))
         levels = self.add("Add", self.cut(d, ends, (1, 2)), added)
         self.add("QuantizeLinear", levels, self.number(1), self.zero(0), name="image")

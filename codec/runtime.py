@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent / "zoo"
 """The models that ship with the package."""
 
-DEFAULT_MODEL = "hourglass-9"
+DEFAULT_MODEL = "hourglass-10"
 
 # Since 1.29 onnxruntime tells its maker, on Linux too, which models it runs, unless this is set before it loads.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -61,6 +61,9 @@ STRIDE = 16
 
 PADDING = 64
 """Pixels a side that one position of the hyper-latent covers; pictures are padded to multiples of it."""
+
+_CORRECTED = 2
+"""The largest scale at which a post-filter is part of the graph that makes pixels."""
 
 _HOPS = {"encoder.onnx": "analysis", "prior.onnx": "prior", "gradient.onnx": "quantisation"}
 """What running a graph is a part of, in `watch.HOPS`; all others make pixels."""
@@ -503,7 +506,7 @@ class Hyperprior(Model):
             "rest": patch.rest,
             "keep": np.array(patch.keep, np.int64),
         }
-        if self.ring and graph == "decoder.onnx":
+        if self.ring and scale <= _CORRECTED:
             inputs["quality"] = self._hats(patch.quality)
         elif self.ring and patch.rest.shape[2:] != (1, 1):  # no filter looks at what is around
             (y0, y1, x0, x1), ring = patch.keep, self.ring

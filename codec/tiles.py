@@ -151,24 +151,20 @@ def patch(
         latent, place = _common(piece.latent, y, x, (0, height, 0, width))
         if latent.size:
             dequantise(model, quality, latent, core[0][place])
-    # Of what stands beside the core no position looks at another, but for a post-filter.
-    rows_seen = max(y0 - model.ring, top) - top, min(y1 + model.ring, bottom) - top
-    columns_seen = max(x0 - model.ring, left) - left, min(x1 + model.ring, right) - left
-    seen = [
-        _common(piece.latent, y, x, (*rows_seen, *columns_seen))
-        for piece, y, x in placed
-        if model.widths[piece.width] > model.core
-    ]
-    others, size = max(model.latent.channels - 4 * model.core, 0), (1, 1)
-    if any(latent.size for latent, _ in seen):
-        lone = rows_seen[1] - rows_seen[0], columns_seen[1] - columns_seen[0]
-        size = lone if model.lone_rest else (height, width)
+    keep, others = (y0 - top, y1 - top, x0 - left, x1 - left), max(model.latent.channels - 4 * model.core, 0)
+    if model.widths[pieces[tile.number].width] <= model.core:
+        return runtime.Patch(core, np.zeros((1, others, 1, 1), np.float32), keep, quality)
+    # Of what stands beside the core no position looks at another, but for a post-filter, which sees a ring around.
+    rows_seen = max(keep[0] - model.ring, 0), min(keep[1] + model.ring, height)
+    columns_seen = max(keep[2] - model.ring, 0), min(keep[3] + model.ring, width)
+    size = (rows_seen[1] - rows_seen[0], columns_seen[1] - columns_seen[0]) if model.lone_rest else (height, width)
     rest = np.zeros((1, others, *size), np.float32)
     wanted = rest[0] if model.lone_rest else rest[0][:, slice(*rows_seen), slice(*columns_seen)]
-    for latent, place in seen:
-        if latent.size:
+    for piece, y, x in placed:
+        latent, place = _common(piece.latent, y, x, (*rows_seen, *columns_seen))
+        if latent.size and model.widths[piece.width] > model.core:
             dequantise(model, quality, latent, rest=wanted[place])
-    return runtime.Patch(core, rest, (y0 - top, y1 - top, x0 - left, x1 - left), quality)
+    return runtime.Patch(core, rest, keep, quality)
 
 
 def _common(

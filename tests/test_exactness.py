@@ -194,8 +194,9 @@ def test_decoder_works_on_bytes_as_in_training(monkeypatch: pytest.MonkeyPatch) 
     picture = image.read(IMAGES / "motocross.png")[:128, :192]
     x = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None]
     with torch.no_grad():
-        latent = net.analysis(x / 255)
-        weights = hats(torch.tensor([50.0]), net.shape.anchors)
+        quality = torch.tensor([50.0])
+        y_hat, _, inverse = net.entropy(net.analysis(x / 255), quality, "settle")
+        latent, weights = y_hat * inverse, hats(quality, net.shape.anchors)
         wanted = (net.synthesis(latent, weights)[0].permute(1, 2, 0).numpy() * 255).round()
         for name in ("forward", "active"):
             monkeypatch.setattr(BytewiseBlock, name, getattr(Block, name))

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from hourglass import codec as module
 from hourglass.client import Client
-from hourglass.codec import Code, Codec, image, metrics
+from hourglass.codec import Code, Codec, entropy, image, metrics
+from hourglass.codec.prior import Part
 
 COMMAND = [str(Path(sys.executable).with_name("compress-image"))]
 
@@ -75,14 +77,29 @@ def test_many_qualities_from_one_pass(parrots: Path, codec: Codec) -> None:
 
 @pytest.mark.parametrize("quality", [50, 75, 100])
 def test_files_are_near_the_ideal_size(photo: Path, quality: float, codec: Codec) -> None:
-    """Whole files against what the prior's tables say, and what a file has beside that."""
+    """Whole files against what the prior's tables say, and what a file has beside that: the distances of escaped
+    symbols, which are few, and next to nothing else."""
     data = codec.encode(photo, quality=quality)
     decoding, tiles = codec._unpacked(data)
     ideal = sum(sum(tile.ideal_bits(decoding.model.tables).values()) for tile in tiles) / 8
     # The header, and for each tile its entry there, the symbols' checksum, the width, and the coder's last word.
     framing = codec.read_header(data).length + (4 + 1 + 4) * len(tiles)
     assert framing < 64 + 18 * (len(tiles) - 1)
-    assert ideal < len(data) < ideal + framing + 0.002 * ideal
+    escapes = sum(_bits_of_escapes(*part, decoding.model.tables) for tile in tiles for part in tile.parts) / 8
+    assert escapes < 0.004 * ideal
+    assert ideal < len(data) < ideal + framing + escapes + 0.0005 * ideal
+
+
+def _bits_of_escapes(symbols: NDArray[np.int16], part: Part, tables: entropy.Tables) -> int:
+    """Elias gamma codes of how far symbols are outside of their tables."""
+    bits = 0
+    for table in np.unique(part.tables):
+        entries = len(tables.frequencies_of(table)) - 1
+        if entries:
+            at = symbols[part.tables == table].astype(int) - tables.first[table]
+            distances = np.concatenate([-2 * at[at < 0] - 1, 2 * (at[at >= entries] - entries)]) + 1
+            bits += sum(2 * int(distance).bit_length() - 1 for distance in distances)
+    return bits
 
 
 def test_sources_of_one_picture_give_one_file(parrots: Path) -> None:

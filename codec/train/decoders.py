@@ -46,6 +46,10 @@ _FEW = 16
 _SEEN = {2: 1, 4: 2, 8: 4}
 """Depthwise layers of the blocks and filters at 1/8, from the first on, that a smaller picture sees, by its scale."""
 
+_STRENGTH = {2: 3 / 8}
+"""What of the post-filter's correction is right for a smaller picture, by scale; it was made for whole ones, see
+NOTES.md."""
+
 _Part: TypeAlias = BytewiseBlock | Filter
 """What adds to the trunk."""
 
@@ -173,9 +177,13 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
 
 
 def reduced(small: Reduced) -> onnx.ModelProto:
-    """reduced-2.onnx, -4, -8: what decoder.onnx takes -> image (1, H / scale, W / scale, 3) uint8."""
-    graph = _Decoder(small.synthesis)
-    t, wanted, side = graph.trunk(), graph.fine("keep"), small.side
+    """reduced-2.onnx, -4, -8: what decoder.onnx takes -> image (1, H / scale, W / scale, 3) uint8.
+
+    Those that have no post-filter take no quality, and of rest what is wanted alone.
+    """
+    graph, post = _Decoder(small.synthesis), small.synthesis.post if small.scale in _STRENGTH else None
+    seen, side = graph.ring() if post else "keep", small.side
+    t, wanted = graph.trunk(), graph.fine(seen)
     floats = [
         graph.add("DequantizeLinear", graph.before(f"fine.{number}", own, t), graph.number(1), graph.zero(ZERO))
         for number, own in enumerate(small.seen)
@@ -197,7 +205,12 @@ def reduced(small: Reduced) -> onnx.ModelProto:
         d = graph.moved(graph.bordered(graph.product("head", features, matrix, None), (1, 2)), samples, bias)
     rest = small.synthesis.from_rest.weight.reshape(3, side, small.scale, side, small.scale, 4, -1).mean((2, 4))
     rest = rest.reshape(3 * side**2, 2, 2, -1)[by_row(side)]
-    return graph.finished(graph.cut(d, wanted, (1, 2)), rest, side)
+    d = graph.cut(d, wanted, (1, 2))
+    if not post:
+        return graph.finished(d, rest, side)
+    picture = graph.lines(graph.with_rest(d, rest), graph.size(d), side, 3 * side)
+    graph.corrected(picture, seen, post, 2 * side, _STRENGTH[small.scale])
+    return graph.model(rest.shape[-1], post.log_gain.numel())
 
 
 class _Decoder(Nodes):
@@ -376,9 +389,9 @@ class _Decoder(Nodes):
         self.lines(levels, size, side, 3 * side, "image")
         return self.model(rest.shape[-1])
 
-    def corrected(self, d: str, seen: str, post: PostFilter) -> None:
+    def corrected(self, d: str, seen: str, post: PostFilter, side: int = 16, strength: float = 1) -> None:
         """The output: d (1, H, W, 3), grey levels of the positions in `seen`, and what the post-filter adds to those in
-        `keep`.
+        `keep`. side: pixels of a position. strength: what is added of that.
 
         A layer that makes two groups of 2x2 pixels at a time, with zeros among its weights, is faster: fewer and longer
         stretches of memory to copy.
@@ -386,7 +399,7 @@ class _Decoder(Nodes):
         number, reach = self.whole_numbers, post.reach
         # What is wanted, and as much around as the filter looks at; where there is nothing the edge is repeated.
         first = self.add("Gather", seen, number(0, 0, 2, 2))
-        ends = self.add("Mul", self.add("Sub", "keep", first), number(16))
+        ends = self.add("Mul", self.add("Sub", "keep", first), number(side))
         size = self.add("Gather", self.add("Shape", d), number(1, 1, 2, 2))
         near = self.add("Add", ends, number(-reach, reach, -reach, reach))
         near = self.add("Max", self.add("Min", near, size), number(0))
@@ -419,7 +432,7 @@ class _Decoder(Nodes):
         after = self.add("Squeeze", self.add("Div", fine, gain)), ZERO
         x = self._requantised("post.last", x, post.unit, values, after, [1, 2])
         added = self.lines(x, self.size(x), 2, 12)
-        added = self.add("DequantizeLinear", added, fine, self.zero(ZERO))
+        added = self.add("DequantizeLinear", added, self.number(strength * post.fine), self.zero(ZERO))
         levels = self.add("Add", self.cut(d, ends, (1, 2)), added)
         self.add("QuantizeLinear", levels, self.number(1), self.zero(0), name="image")
 

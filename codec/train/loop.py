@@ -355,7 +355,8 @@ def _at_lambdas(values: dict[str, Any], shape: Shape) -> None:
     if (old.lambda_low, old.lambda_high) == (shape.lambda_low, shape.lambda_high):
         return
     moved = from_lambdas(old, shape)
-    for name in (f"{gains}.log_{way}" for gains in ("gains", "hyper_gains") for way in ("gain", "inverse")):
+    of_anchors = [f"{gains}.log_{way}" for gains in ("gains", "hyper_gains") for way in ("gain", "inverse")]
+    for name in (*of_anchors, "synthesis.post.log_scale", "synthesis.post.log_gain"):
         if name in weights:
             weights[name] = moved @ weights[name].float()
     if (wide := weights.get("prior.widen.weight")) is not None:

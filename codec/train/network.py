@@ -62,8 +62,8 @@ class Shape:
     post: int = 48  # channels inside the post-filter behind the synthesis, 0 for none
     centred: bool = True  # whether symbols stand for the centre of what becomes one, learned for each level
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
-    lambda_low: float = 0.00045  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
-    lambda_high: float = 0.21  # the same at quality 100; between them log-linear
+    lambda_low: float = 0.0006  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
+    lambda_high: float = 0.28  # the same at quality 100; between them log-linear
 
     def __post_init__(self) -> None:
         if not 4 <= self.core < self.latent or self.core % 4 or self.latent % 4:

@@ -390,8 +390,11 @@ def test_only_tiles_that_have_channels_beside_the_core_work_on_them(
 
     monkeypatch.setattr(Hyperprior, "synthesise", watched)
     codec.decode(data)
-    assert len(shapes) == 3
-    assert shapes[0] == shapes[2] == (1, 1) != shapes[1]
+    assert sorted(shapes) == [
+        (1, 1),
+        (1, 1),
+        (20, 30),
+    ]  # in whatever order; with a ring on either side, which a filter sees
     shapes.clear()
     codec.decode(data, region=(0, 0, 448, 320))
     assert shapes == [(1, 1)]

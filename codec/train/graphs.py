@@ -713,6 +713,7 @@ def _macs(model: onnx.ModelProto, channels: int = 0) -> dict[str, float]:
             elif dimension.dim_param:
                 dimension.dim_value = side // strides[entry.name]
     options = ort.SessionOptions()
+    options.log_severity_level = 3  # what it leaves out once it knows the sizes needs no warning
     # With sizes fixed, onnxruntime computes every shape; it fuses nothing that would change a count.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     with tempfile.TemporaryDirectory() as folder:

@@ -170,10 +170,7 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
     assert bias is not None
     d = graph.product("from_trunk", x, 255 * weight.T, 255 * bias[order])
     rest = synthesis.from_rest.weight.reshape(192, 2, 2, -1)[order]
-    if not post:
-        return graph.finished(d, rest, 8)
-    graph.corrected(graph.lines(graph.with_rest(d, rest), graph.size(d), 8, 24), seen, post)
-    return graph.model(rest.shape[-1], post.log_gain.numel())
+    return graph.finished(d, rest, 8, seen, post)
 
 
 def reduced(small: Reduced) -> onnx.ModelProto:
@@ -205,12 +202,7 @@ def reduced(small: Reduced) -> onnx.ModelProto:
         d = graph.moved(graph.bordered(graph.product("head", features, matrix, None), (1, 2)), samples, bias)
     rest = small.synthesis.from_rest.weight.reshape(3, side, small.scale, side, small.scale, 4, -1).mean((2, 4))
     rest = rest.reshape(3 * side**2, 2, 2, -1)[by_row(side)]
-    d = graph.cut(d, wanted, (1, 2))
-    if not post:
-        return graph.finished(d, rest, side)
-    picture = graph.lines(graph.with_rest(d, rest), graph.size(d), side, 3 * side)
-    graph.corrected(picture, seen, post, 2 * side, _STRENGTH[small.scale])
-    return graph.model(rest.shape[-1], post.log_gain.numel())
+    return graph.finished(graph.cut(d, wanted, (1, 2)), rest, side, seen, post, _STRENGTH.get(small.scale, 1))
 
 
 class _Decoder(Nodes):
@@ -317,7 +309,7 @@ class _Decoder(Nodes):
         trunk, (integers, factor) = self.step.flatten(), _integers(own.project.weight * step)
         # A matrix product, a cast, a scale and a bias in one: three passes over the floats less.
         inputs = (
-            self.constant(np.ascontiguousarray(integers[:, :, 0, 0].T.numpy().astype(np.int8))),
+            self.constant(_int8(integers[:, :, 0, 0].T)),
             self.number(1),
             self.constant(_array(factor / trunk)),
             self.zero(zero),
@@ -355,7 +347,7 @@ class _Decoder(Nodes):
         """A convolution of bytes, weight (O, I, k, k) in their steps, to bytes of steps `after`, (O, 1, 1) or ()."""
         integers, factor = _integers(weight, largest)
         scale = _array(factor / after.flatten())
-        constants: list[NDArray[Any]] = [integers.numpy().astype(np.int8), scale, np.array(0, np.int8)]
+        constants: list[NDArray[Any]] = [_int8(integers), scale, np.array(0, np.int8)]
         inputs = self.number(1), self.zero(ZERO), *map(self.constant, constants), self.number(1), self.zero(ZERO)
         whole_bias = self.constant(np.rint(_array(bias / factor)).astype(np.int32))
         attributes |= {"name": name, "domain": _OF_RUNTIME, "channels_last": 1}
@@ -379,17 +371,23 @@ class _Decoder(Nodes):
         paired = self.add("Reshape", d, self.add("Concat", minus, two, across, both, axis=0))
         return self.add("Add", paired, added)
 
-    def finished(self, d: str, rest: Tensor, side: int) -> onnx.ModelProto:
-        """The model: d (1, 2 h', 2 w', 3 side^2), grey levels, and what rest adds -> image (1, 2 side h', ..., 3).
+    def finished(
+        self, d: str, rest: Tensor, side: int, seen: str, post: PostFilter | None, strength: float = 1
+    ) -> onnx.ModelProto:
+        """The model: d (1, 2 h', 2 w', 3 side^2), grey levels of the positions in `seen`, and what rest adds -> image
+        (1, H, W, 3) of those in `keep`, which are fewer with a post-filter alone.
 
-        rest: weights (3 side^2, 2, 2, r). Channels are `by_row`.
+        rest: weights (3 side^2, 2, 2, r). Channels are `by_row`. strength: see `corrected`.
         """
-        size = self.size(d)
-        levels = self.add("QuantizeLinear", self.with_rest(d, rest), self.number(1), self.zero(0))
-        self.lines(levels, size, side, 3 * side, "image")
-        return self.model(rest.shape[-1])
+        total, size = self.with_rest(d, rest), self.size(d)
+        if post:
+            self.corrected(self.lines(total, size, side, 3 * side), seen, post, 2 * side, strength)
+        else:
+            levels = self.add("QuantizeLinear", total, self.number(1), self.zero(0))
+            self.lines(levels, size, side, 3 * side, "image")
+        return self.model(rest.shape[-1], post.log_gain.numel() if post else 0)
 
-    def corrected(self, d: str, seen: str, post: PostFilter, side: int = 16, strength: float = 1) -> None:
+    def corrected(self, d: str, seen: str, post: PostFilter, side: int, strength: float) -> None:
         """The output: d (1, H, W, 3), grey levels of the positions in `seen`, and what the post-filter adds to those in
         `keep`. side: pixels of a position. strength: what is added of that.
 
@@ -460,11 +458,7 @@ class _Decoder(Nodes):
         they count (O,), bias (O,).
         """
         integers, factor, bias = layer
-        constants: list[NDArray[Any]] = [
-            integers.detach().numpy().astype(np.int8),
-            _array(factor),
-            np.array(0, np.int8),
-        ]
+        constants: list[NDArray[Any]] = [_int8(integers), _array(factor), np.array(0, np.int8)]
         whole_bias = self.constant(np.rint(_array(bias / (before * factor))).astype(np.int32))
         inputs = x, self.number(before), self.zero(0), *map(self.constant, constants), after[0], self.zero(after[1])
         attributes: dict[str, Any] = {"name": name, "domain": _OF_RUNTIME, "channels_last": 1, "strides": [*strides]}
@@ -508,6 +502,10 @@ def _step(own: _Part) -> Tensor:
 def _bias(layer: nn.Conv2d) -> Tensor:
     assert layer.bias is not None
     return layer.bias.detach()
+
+
+def _int8(integers: Tensor) -> NDArray[np.int8]:
+    return np.ascontiguousarray(integers.detach().numpy(), np.int8)
 
 
 def _array(values: Tensor) -> NDArray[np.float32]:

@@ -47,6 +47,7 @@ IMAGES = Path(__file__).parent / "images"
 SHAPE = Shape(
     trunk=32, latent=48, core=32, analysis_blocks=(1, 1), synthesis_blocks=(2, 1), hyper=16, features=32, hidden=32
 )
+WITHOUT_COARSE = replace(SHAPE, synthesis_blocks=(2, 0))
 SETTINGS = loop.Settings(steps=24, prior_steps=8, batch=4, crop=64, held_out=2, rate=1e-3)
 CPU = torch.device("cpu")
 
@@ -155,6 +156,24 @@ def test_a_wider_network_starts_as_the_narrow_one(run: Path) -> None:
     assert torch.allclose(*core, atol=1e-5)
     assert 0.95 * float(bits) < float(wider_bits) < 2 * float(bits)
     assert float((b - x).square().mean()) < 1.05 * float((a - x).square().mean())
+
+
+def test_a_wider_filter_starts_as_the_narrow_one(tmp_path: Path) -> None:
+    """Its new channels, which nothing looks at yet, are filters of their own, or they would learn nothing."""
+    narrow = _with_strong_filter()
+    torch.save({"shape": SHAPE.as_dict(), "ema": narrow.state_dict()}, tmp_path / "narrow.pt")
+    wide = Hourglass(replace(SHAPE, post=SHAPE.post + 24))
+    names = wide.synthesis.post.state_dict().keys() if wide.synthesis.post else ()
+    assert {f"synthesis.post.{name}" for name in names} <= loop._start_from(wide, tmp_path / "narrow.pt")
+    x, weights = torch.rand(1, 3, 64, 96), hats(torch.tensor([40.0]), SHAPE.anchors)
+    with torch.no_grad():
+        corrected = narrow.synthesis.corrected(x, weights)
+        assert float((corrected - x).abs().mean()) > 1 / 255
+        assert torch.equal(wide.synthesis.corrected(x, weights), corrected)
+        assert wide.synthesis.post is not None
+        assert not wide.synthesis.post.middle.weight[: SHAPE.post, SHAPE.post :].any()
+        for layer in (wide.synthesis.post.first, wide.synthesis.post.middle):
+            assert (layer.weight[SHAPE.post :].flatten(1).std(1) > 0).all()
 
 
 def test_gains_start_where_an_error_is_worth_as_much(run: Path, tmp_path: Path) -> None:
@@ -472,10 +491,10 @@ def test_gradient_graph_is_the_gradient(net: Hourglass, zoo: Path) -> None:
     assert np.allclose(slope, expected[0], rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
 
 
-def _with_strong_filter() -> Hourglass:
+def _with_strong_filter(shape: Shape = SHAPE) -> Hourglass:
     """An untrained network whose post-filter changes a picture by some grey levels."""
     torch.manual_seed(4)
-    net = Hourglass(SHAPE)
+    net = Hourglass(shape)
     assert net.synthesis.post is not None
     with torch.no_grad():
         latent = torch.randn(1, SHAPE.latent, 8, 8)
@@ -489,9 +508,10 @@ def _with_strong_filter() -> Hourglass:
     return net.eval()
 
 
-def test_gradient_passes_the_post_filter() -> None:
+@pytest.mark.parametrize("shape", [SHAPE, WITHOUT_COARSE])
+def test_gradient_passes_the_post_filter(shape: Shape) -> None:
     """As above, for a filter that does much, with edges, clips and the quality between two anchors."""
-    net = _with_strong_filter()
+    net = _with_strong_filter(shape)
     latent = torch.randn(1, SHAPE.latent, 4, 8).requires_grad_(True)
     picture = torch.randint(0, 256, (1, 64, 128, 3), dtype=torch.uint8)
     inside = torch.ones(1, 64, 128, 1, dtype=torch.uint8)
@@ -524,10 +544,10 @@ def test_post_filter_sees_no_mean() -> None:
         assert torch.equal(found, post(dark + torch.tensor([3.0, 90.0, 155.0])[:, None, None], weights))
 
 
-@pytest.mark.parametrize("quality", [8.0, 93.0])
-def test_decoder_corrects_as_in_training(quality: float) -> None:
+@pytest.mark.parametrize(("quality", "shape"), [(8.0, SHAPE), (93.0, SHAPE), (50.0, WITHOUT_COARSE)])
+def test_decoder_corrects_as_in_training(quality: float, shape: Shape) -> None:
     """decoder.onnx with a filter that does much, whole and parts of it, whose surroundings it sees, against PyTorch."""
-    net = _with_strong_filter()
+    net = _with_strong_filter(shape)
     latent, weights = torch.randn(1, SHAPE.latent, 6, 8), hats(torch.tensor([quality]), SHAPE.anchors)
     with torch.no_grad():
         wanted = (net.synthesis(latent, weights)[0].permute(1, 2, 0) * 255).round().numpy()

@@ -314,7 +314,7 @@ def start_classic(net: Classic, path: Path) -> None:
 
 def _start_from(net: Hourglass, path: Path) -> set[str]:
     """Take the weights of a file that fit; of a narrower latent its core, as the first channels of each quarter; of
-    narrower blocks of the synthesis what they have.
+    narrower blocks of the synthesis and of a narrower post-filter what they have.
 
     The others keep their start; inputs that the file's layers did not have begin with zero weights. Returns the names
     of those taken.
@@ -322,7 +322,11 @@ def _start_from(net: Hourglass, path: Path) -> set[str]:
     values = torch.load(path, map_location="cpu", weights_only=True)
     _at_lambdas(values, net.shape)
     own, weights, narrow = net.state_dict(), values["ema"], values["shape"]["latent"]
-    hidden = values["shape"]["synthesis_hidden"][0], net.shape.synthesis_hidden[0]
+    old_shape = Shape.from_dict(values["shape"])
+    hidden = {
+        "synthesis.fine.": (old_shape.synthesis_hidden[0], net.shape.synthesis_hidden[0]),
+        "synthesis.post.": (old_shape.post, net.shape.post),
+    }
     wider, core = net.shape.latent - narrow, values["shape"].get("core", narrow)
     source, places = (torch.arange(n).reshape(4, -1)[:, : core // 4].flatten() for n in (narrow, net.shape.latent))
     taken = {}
@@ -333,8 +337,8 @@ def _start_from(net: Hourglass, path: Path) -> set[str]:
             continue
         taken_from, index, fits = [], [], value.dim() == target.dim()
         for old, new in zip(value.shape, target.shape, strict=False):
-            grown = new > old >= narrow
-            broader = name.startswith("synthesis.fine.") and (old, new) == hidden
+            broader = any(name.startswith(part) and (old, new) == sizes for part, sizes in hidden.items() if old < new)
+            grown = new > old >= narrow and not broader
             fits = fits and (new == old or broader or (grown and new - old == wider))
             before = torch.arange(old - narrow if grown else old)
             taken_from.append(torch.cat([before, len(before) + source]) if grown else before)

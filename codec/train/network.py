@@ -52,14 +52,14 @@ class Shape:
     latent: int = 512  # channels of the code at 1/16 resolution
     core: int = 320  # those of them that the residual blocks see; the others are linear in the picture
     analysis_blocks: tuple[int, int] = (3, 2)  # residual blocks at 1/8, at 1/16
-    synthesis_blocks: tuple[int, int] = (4, 1)  # residual blocks at 1/8, at 1/16
+    synthesis_blocks: tuple[int, int] = (4, 0)  # residual blocks at 1/8, at 1/16
     synthesis_hidden: tuple[int, int] = (256, 128)  # channels inside these
     filters: tuple[int, ...] = (0, 2, 3)  # which of those at 1/8 are linear filters, with nothing inside
     hyper: int = 96  # channels of the hyper-latent at 1/64 resolution
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
     bytewise: bool = True  # whether these, and the blocks of the synthesis at 1/8, work on bytes
-    post: int = 48  # channels inside the post-filter behind the synthesis, 0 for none
+    post: int = 64  # channels inside the post-filter behind the synthesis, 0 for none
     centred: bool = True  # whether symbols stand for the centre of what becomes one, learned for each level
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.0006  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
@@ -558,7 +558,7 @@ class Hourglass(nn.Module):
     smooth: weight, at quality 0, of the steps of the error in smooth areas against the squared error.
     """
 
-    smooth = 8.0
+    smooth = 5.0
 
     def __init__(self, shape: Shape | None = None) -> None:
         super().__init__()

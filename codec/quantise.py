@@ -27,16 +27,15 @@ _Number = TypeVar("_Number", bound=np.generic)
 Effort: TypeAlias = Literal["fast", "default", "best"]
 """How hard the encoder looks for the smallest file; the decoder neither knows nor cares."""
 
-WORTH, HYPER_WORTH = 18.0, 4.0
+WORTH, HYPER_WORTH = 18.0, 16.0
 """Bits that one squared step of error in a symbol of the latent, of the hyper-latent is worth; measured, see
 train/NOTES.md."""
 
 NEAR = 3
 """Symbols up to this magnitude may move towards 0."""
 
-_NOTHING, _LITTLE = 0.02, 0.04
-"""Bits for each symbol that is not 0 that the loss of channels left out may be worth: of any channels, and of those
-alone that only the largest width codes, which take a third of the time to decode; measured, see train/NOTES.md."""
+_NOTHING = 0.02
+"""Bits for each symbol that is not 0 that the loss of channels left out may be worth; measured, see train/NOTES.md."""
 
 _RARE = 9.0
 """Bits that a symbol takes in a channel where almost all are 0."""
@@ -191,7 +190,7 @@ def _width(scaled: NDArray[np.float32], widths: tuple[int, ...]) -> int:
             size = size[size > 0.5]
             # Bits that the error of leaving them out is worth, less the bits that they would take.
             lost += float(np.maximum((2 * size - 1) * WORTH - _RARE, 0).sum())
-        if lost > (_LITTLE if index == len(widths) - 2 else _NOTHING) * symbols:
+        if lost > _NOTHING * symbols:
             return index + 1
     return 0
 

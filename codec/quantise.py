@@ -34,10 +34,10 @@ train/NOTES.md."""
 NEAR = 3
 """Symbols up to this magnitude may move towards 0."""
 
-_NOTHING = 0.02
+NOTHING = 0.02
 """Bits for each symbol that is not 0 that the loss of channels left out may be worth; measured, see train/NOTES.md."""
 
-_RARE = 9.0
+RARE = 9.0
 """Bits that a symbol takes in a channel where almost all are 0."""
 
 _DEARER = 1.3
@@ -189,8 +189,8 @@ def _width(scaled: NDArray[np.float32], widths: tuple[int, ...]) -> int:
             size = quarter[width : widths[index + 1]]
             size = size[size > 0.5]
             # Bits that the error of leaving them out is worth, less the bits that they would take.
-            lost += float(np.maximum((2 * size - 1) * WORTH - _RARE, 0).sum())
-        if lost > _NOTHING * symbols:
+            lost += float(np.maximum((2 * size - 1) * WORTH - RARE, 0).sum())
+        if lost > NOTHING * symbols:
             return index + 1
     return 0
 

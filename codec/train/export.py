@@ -196,7 +196,7 @@ def _facts(net: Hourglass, folder: Path) -> dict[str, Any]:
         "halo": HALO,
         "edge": STRIDE,
         "lone_rest": True,
-        "widths": graphs.widths(net.shape),
+        "widths": net.widths,
         "exactness": exactness.bounds((folder / "prior.onnx").read_bytes()),
     }
 

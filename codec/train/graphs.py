@@ -35,7 +35,6 @@ from hourglass.codec.train.network import (
     Filter,
     Hourglass,
     PostFilter,
-    Shape,
     unweave,
     weave,
     whole,
@@ -272,12 +271,6 @@ def _silu_slope(x: Tensor) -> Tensor:
     return s + x * s * (1 - s)
 
 
-def widths(shape: Shape) -> list[int]:
-    """How many channels of each quarter of the latent may be coded: a few, the core, all; ascending."""
-    core = shape.core // 4
-    return sorted({core * 3 // 5, core, shape.latent // 4} - {0})
-
-
 def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
     """encoder.onnx, prior.onnx, decoder.onnx, reduced-2.onnx, -4, -8 and gradient.onnx, for pictures of any size.
 
@@ -297,7 +290,7 @@ def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
         both["quality"] = torch.zeros(1, net.shape.anchors)
     free = {"latent": positions, "image": pixels, "inside": pixels}
     _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
-    onnx.save(prior(net.prior, widths(net.shape)), folder / "prior.onnx")
+    onnx.save(prior(net.prior, net.widths), folder / "prior.onnx")
 
 
 def write_classic(net: Classic, folder: Path) -> None:

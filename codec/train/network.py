@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass.codec.errors import InvalidArgument
-from hourglass.codec.train.prior import BYTE_WEIGHT, OCTAVE, WEIGHT, Mode, Prior, rounded
+from hourglass.codec.train.prior import BYTE_WEIGHT, OCTAVE, WEIGHT, Mode, Prior, coded, rounded
 
 LEAST_UNIT = -59
 """Octaves of the smallest unit that a channel's symbols may have; below -60 a model is refused when it is loaded."""
@@ -579,6 +579,12 @@ class Hourglass(nn.Module):
         )
         self.synthesis = Synthesis(self.shape)
 
+    @property
+    def widths(self) -> list[int]:
+        """How many channels of each quarter of the latent may be coded: a few, the core, all; ascending."""
+        core = self.shape.core // 4
+        return sorted({core * 3 // 5, core, self.shape.latent // 4} - {0})
+
     def least_gain(self) -> Tensor:
         """(latent,): the logarithm of the least gain of each channel that the prior's units hold."""
         return (LEAST_UNIT * OCTAVE - self.prior.log_unit) * (math.log(2) / OCTAVE)
@@ -631,7 +637,8 @@ class Hourglass(nn.Module):
             bits = self.hyper_prior.bits(counted, hyper_gain).sum((1, 2, 3))
             scaled, z_hat = y.float() * gain, symbols / hyper_gain
         scaled, gain, z_hat = map(_channels_last, (scaled, gain, z_hat))
-        y_hat, more = self.prior(scaled, gain, z_hat, weights, mode)
+        kept = coded(scaled, self.widths) if mode == "settle" else None
+        y_hat, more = self.prior(scaled, gain, z_hat, weights, mode, kept)
         return y_hat.permute(0, 3, 1, 2), bits + more, inverse
 
     def symbols(self, y: Tensor, quality: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -641,7 +648,8 @@ class Hourglass(nn.Module):
         hyper_gain, _ = self.hyper_gains(weights)
         z_hat = (self.hyper(y) * hyper_gain).round() / hyper_gain
         scaled, gain, z_hat = map(_channels_last, (y * gain, gain, z_hat))
-        for _, symbols, _, level in self.prior.walk(scaled, gain, z_hat, weights, "settle"):
+        kept = coded(scaled, self.widths)
+        for _, symbols, _, level in self.prior.walk(scaled, gain, z_hat, weights, "settle", kept):
             yield symbols.round(), level
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from hourglass.codec.prior import FINE, STEPS
 from hourglass.codec.prior import KNOWN as LARGEST_KNOWN
-from hourglass.codec.quantise import NEAR, WORTH
+from hourglass.codec.quantise import NEAR, NOTHING, RARE, WORTH
 
 EXACT = 2**24
 """Integers up to this magnitude are exact in float32."""
@@ -328,6 +328,23 @@ def chosen(rest: Tensor, level: Tensor) -> Tensor:
     return torch.where((saved > WORTH * worse) & (symbols.abs() <= NEAR), nearer, symbols)
 
 
+@torch.no_grad()
+def coded(scaled: Tensor, widths: Sequence[int]) -> Tensor:
+    """Which channels of a latent times gain (B, h, w, C) the encoder codes, 1 or 0, (B, 1, 1, C).
+
+    widths: how many of each quarter there may be, ascending. The smallest that loses next to nothing is taken, see
+    `quantise`.
+    """
+    sizes = scaled.abs().reshape(*scaled.shape[:3], 4, -1)
+    some = sizes > 0.5
+    worth = (((2 * sizes - 1) * WORTH - RARE).clamp(min=0) * some).sum((1, 2, 3))
+    lost = torch.stack([worth[:, width:].sum(1) for width in widths], 1)
+    first = (lost <= NOTHING * some.sum((1, 2, 3, 4))[:, None]).int().argmax(1)
+    width = torch.tensor(widths, device=scaled.device)[first]
+    kept = torch.arange(sizes.shape[4], device=scaled.device) < width[:, None]
+    return kept.repeat(1, 4)[:, None, None].to(scaled.dtype)
+
+
 def bits_of(x: Tensor, level: Tensor) -> Tensor:
     """Ideal code length in bits of a symbol less its mean at a level of the ladder, under a logistic density.
 
@@ -386,14 +403,20 @@ class Prior(nn.Module):
         out: Tensor = self.spread2(enlarge(self.widen2(middle)))
         return out
 
-    def forward(self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor, mode: Mode, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Latent times gain (B, h, w, C), the gain (B, 1, 1, C) -> the same dequantised, and ideal bits (B,).
 
-        z_hat (B, h/4, w/4, Z): dequantised hyper-latent. hats (B, anchors): quality.
+        z_hat (B, h/4, w/4, Z): dequantised hyper-latent. hats (B, anchors): quality. kept (B, 1, 1, C): 0 for channels
+        that are left out, which are 0 and take no bits.
         """
+        masks = [None] * STEPS if kept is None else split(kept.expand(-1, 2, 2, -1))
         bits = scaled.new_zeros(len(scaled))
         parts = []
-        for rest, symbols, mean, level in self.walk(scaled, gain, z_hat, hats, mode):
+        for (rest, symbols, mean, level), mask in zip(
+            self.walk(scaled, gain, z_hat, hats, mode, kept), masks, strict=True
+        ):
             if mode == "noise":
                 own = bits_of(rest + torch.rand_like(rest) - 0.5, level)
             else:
@@ -402,13 +425,14 @@ class Prior(nn.Module):
                 # The value stays that of the symbols' bits; the latent's gradient is the noise's.
                 noisy = bits_of(rest + torch.rand_like(rest) - 0.5, level.detach())
                 own = own + noisy - noisy.detach()
-            bits = bits + own.sum((1, 2, 3))
+            bits = bits + (own if mask is None else own * mask).sum((1, 2, 3))
             if torch.is_grad_enabled():
                 # The straight-through gradient takes from the mean what it gives the symbol, but a 0 stays a 0: there
                 # the mean is all that the picture has, and can learn from it.
                 share = self.still[level.long()] * (symbols.detach().abs() < 0.5)
                 mean = _Favoured.apply(mean, share)  # type: ignore[no-untyped-call]
-            parts.append(self.centred(symbols, level) + mean)
+            part = self.centred(symbols, level) + mean
+            parts.append(part if mask is None else part * mask)
         return join(parts), bits
 
     def shift(self) -> Tensor | None:
@@ -427,22 +451,32 @@ class Prior(nn.Module):
         return out
 
     def walk(
-        self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor, mode: Mode
+        self,
+        scaled: Tensor,
+        gain: Tensor,
+        z_hat: Tensor,
+        hats: Tensor,
+        mode: Mode,
+        kept: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The steps as they follow each other in the decoder: latent less its mean, symbols, mean, level of the ladder.
 
-        Each is (B, h/2, w/2, C), phase by phase, the first three in symbols.
+        Each is (B, h/2, w/2, C), phase by phase, the first three in symbols. Means are whole 1/FINE symbols, as in a
+        file: else what a channel without symbols learns to say by means of less than that is lost there.
         """
         features = self.features(rounded(z_hat * 2**HYPER.unit, HYPER.low, HYPER.high), (hats * 2**HYPER.unit).round())
         ratios = split((gain * torch.exp2(self.log_unit / OCTAVE)).expand(-1, 2, 2, -1))  # symbols per unit
         known: list[Tensor] = []
         for step, part, ratio in zip(self.steps, split(scaled), ratios, strict=True):
             mean, log_scale = step(features, join(known) if known else None)
-            mean = mean * (ratio / 2**MEAN.unit)
+            mean = rounded(mean * (ratio * (FINE / 2**MEAN.unit))) / FINE
             level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (torch.log2(ratio) - LOWEST) * PER_OCTAVE
             level = rounded(level, 0, LADDER - 1)
             rest = part - mean
             symbols = rest + (chosen(rest, level) - rest).detach() if mode == "settle" else rounded(rest)
             # Detached: the straight-through gradient of what the steps to come know is worse than none.
-            known.append(rounded((symbols + mean).detach() * (2**KNOWN.unit / ratio), KNOWN.low, KNOWN.high))
+            seen = (symbols + mean).detach()
+            if kept is not None:
+                seen = seen * split(kept.expand(-1, 2, 2, -1))[len(known)]
+            known.append(rounded(seen * (2**KNOWN.unit / ratio), KNOWN.low, KNOWN.high))
             yield rest, symbols, mean, level

@@ -264,6 +264,11 @@ def split(x: Tensor) -> tuple[Tensor, ...]:
     return x.reshape(b, h // 2, w // 2, STEPS, c).unbind(3)
 
 
+def by_step(x: Tensor) -> tuple[Tensor, ...]:
+    """(B, 1, 1, C), a number for each channel -> for each step those of the elements that it codes, (B, 1, 1, C)."""
+    return split(x.expand(-1, 2, 2, -1))
+
+
 def join(parts: Sequence[Tensor]) -> Tensor:
     """Inverse of `split`; zeros for the parts that are missing at the end."""
     b, h, w, c = parts[0].shape
@@ -409,14 +414,13 @@ class Prior(nn.Module):
         """Latent times gain (B, h, w, C), the gain (B, 1, 1, C) -> the same dequantised, and ideal bits (B,).
 
         z_hat (B, h/4, w/4, Z): dequantised hyper-latent. hats (B, anchors): quality. kept (B, 1, 1, C): 0 for channels
-        that are left out, which are 0 and take no bits.
+        that are left out, which are 0 and take no bits; by default none is.
         """
-        masks = [None] * STEPS if kept is None else split(kept.expand(-1, 2, 2, -1))
+        masks = by_step(torch.ones_like(gain) if kept is None else kept)
         bits = scaled.new_zeros(len(scaled))
         parts = []
-        for (rest, symbols, mean, level), mask in zip(
-            self.walk(scaled, gain, z_hat, hats, mode, kept), masks, strict=True
-        ):
+        steps = self.walk(scaled, gain, z_hat, hats, mode, kept)
+        for (rest, symbols, mean, level), mask in zip(steps, masks, strict=True):
             if mode == "noise":
                 own = bits_of(rest + torch.rand_like(rest) - 0.5, level)
             else:
@@ -425,14 +429,13 @@ class Prior(nn.Module):
                 # The value stays that of the symbols' bits; the latent's gradient is the noise's.
                 noisy = bits_of(rest + torch.rand_like(rest) - 0.5, level.detach())
                 own = own + noisy - noisy.detach()
-            bits = bits + (own if mask is None else own * mask).sum((1, 2, 3))
+            bits = bits + (own * mask).sum((1, 2, 3))
             if torch.is_grad_enabled():
                 # The straight-through gradient takes from the mean what it gives the symbol, but a 0 stays a 0: there
                 # the mean is all that the picture has, and can learn from it.
                 share = self.still[level.long()] * (symbols.detach().abs() < 0.5)
                 mean = _Favoured.apply(mean, share)  # type: ignore[no-untyped-call]
-            part = self.centred(symbols, level) + mean
-            parts.append(part if mask is None else part * mask)
+            parts.append((self.centred(symbols, level) + mean) * mask)
         return join(parts), bits
 
     def shift(self) -> Tensor | None:
@@ -451,13 +454,7 @@ class Prior(nn.Module):
         return out
 
     def walk(
-        self,
-        scaled: Tensor,
-        gain: Tensor,
-        z_hat: Tensor,
-        hats: Tensor,
-        mode: Mode,
-        kept: Tensor | None = None,
+        self, scaled: Tensor, gain: Tensor, z_hat: Tensor, hats: Tensor, mode: Mode, kept: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The steps as they follow each other in the decoder: latent less its mean, symbols, mean, level of the ladder.
 
@@ -465,9 +462,10 @@ class Prior(nn.Module):
         file: else what a channel without symbols learns to say by means of less than that is lost there.
         """
         features = self.features(rounded(z_hat * 2**HYPER.unit, HYPER.low, HYPER.high), (hats * 2**HYPER.unit).round())
-        ratios = split((gain * torch.exp2(self.log_unit / OCTAVE)).expand(-1, 2, 2, -1))  # symbols per unit
+        ratios = by_step(gain * torch.exp2(self.log_unit / OCTAVE))  # symbols per unit
+        masks = by_step(torch.ones_like(gain) if kept is None else kept)
         known: list[Tensor] = []
-        for step, part, ratio in zip(self.steps, split(scaled), ratios, strict=True):
+        for step, part, ratio, mask in zip(self.steps, split(scaled), ratios, masks, strict=True):
             mean, log_scale = step(features, join(known) if known else None)
             mean = rounded(mean * (ratio * (FINE / 2**MEAN.unit))) / FINE
             level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (torch.log2(ratio) - LOWEST) * PER_OCTAVE
@@ -475,8 +473,6 @@ class Prior(nn.Module):
             rest = part - mean
             symbols = rest + (chosen(rest, level) - rest).detach() if mode == "settle" else rounded(rest)
             # Detached: the straight-through gradient of what the steps to come know is worse than none.
-            seen = (symbols + mean).detach()
-            if kept is not None:
-                seen = seen * split(kept.expand(-1, 2, 2, -1))[len(known)]
+            seen = (symbols + mean).detach() * mask
             known.append(rounded(seen * (2**KNOWN.unit / ratio), KNOWN.low, KNOWN.high))
             yield rest, symbols, mean, level

@@ -31,6 +31,7 @@ from hourglass.codec.train.graphs import GradientGraph
 from hourglass.codec.train.network import (
     LEAST_LOG_STEP,
     BytewiseBlock,
+    FactorisedPrior,
     Filter,
     Hourglass,
     PostFilter,
@@ -261,6 +262,30 @@ def test_the_encoders_choices() -> None:
     level = torch.tensor([6.0, 6.0, 40.0, 6.0])
     assert prior.chosen(torch.tensor([0.51, 0.95, 1.6, 5.51]), level).tolist() == [0, 1, 2, 6]
     assert prior.chosen(torch.tensor([-0.51, -0.95, -1.6, -5.51]), level).tolist() == [0, -1, -2, -6]
+
+
+def test_the_encoders_choices_of_the_hyper_latent() -> None:
+    """As of the latent, by the bits of each channel's own density at the quality's gain; the rate is that of these
+    symbols, and both the density and the hyper-latent learn from it."""
+    density = FactorisedPrior(2)
+    with torch.no_grad():
+        density.log_scale[:, 0] = -2.0  # its symbols are nearly all 0, the other channel's are spread out
+        density.log_scale[:, 1] = 3.0
+    values = torch.tensor([0.6, 0.95, 5.6, -0.6, -0.95]).expand(1, 2, 1, 5)
+    chosen = density.chosen(values, torch.ones(1, 2, 1, 1))
+    assert chosen[0, :, 0].tolist() == [[0, 1, 6, 0, -1], [1, 1, 6, -1, -1]]
+
+    net = Hourglass(SHAPE)
+    y = torch.randn(2, SHAPE.latent, 8, 8)
+    quality = torch.tensor([20.0, 70.0])
+    _, bits, _ = net.entropy(y, quality, "settle")
+    bits.sum().backward()
+    with torch.no_grad():
+        _, exact, _ = net.entropy(y, quality, "settle")
+    assert torch.allclose(bits, exact)
+    for learns in (net.hyper_prior.log_scale, net.hyper_analysis.to_quarter.weight):
+        assert learns.grad is not None
+        assert float(learns.grad.abs().sum()) > 0
 
 
 def test_gains_that_are_next_to_none_are_bounded(run: Path, tmp_path: Path) -> None:

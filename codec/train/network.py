@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hourglass.codec.errors import InvalidArgument
-from hourglass.codec.train.prior import BYTE_WEIGHT, OCTAVE, WEIGHT, Mode, Prior, coded, rounded
+from hourglass.codec.quantise import HYPER_WORTH
+from hourglass.codec.train.prior import BYTE_WEIGHT, OCTAVE, WEIGHT, Mode, Prior, coded, rounded, settled
 
 LEAST_UNIT = -59
 """Octaves of the smallest unit that a channel's symbols may have; below -60 a model is refused when it is loaded."""
@@ -532,11 +533,11 @@ class FactorisedPrior(nn.Module):
         spread = torch.linspace(-2.5, 0.7, parts)[:, None]
         self.log_scale = nn.Parameter(spread.repeat(1, channels))
 
-    def cumulative(self, lower: Tensor, upper: Tensor) -> Tensor:
-        """P(lower < y < upper), shapes (B, C, h, w) the same shape."""
+    def cumulative(self, lower: Tensor, upper: Tensor, held: bool = False) -> Tensor:
+        """P(lower < y < upper), shapes (B, C, h, w) the same shape. held: the density does not learn."""
         total = torch.zeros_like(lower)
-        weights = self.weight.softmax(0)
-        for weight, mean, log_scale in zip(weights, self.mean, self.log_scale, strict=True):
+        parts = self.weight.softmax(0), self.mean, self.log_scale
+        for weight, mean, log_scale in zip(*(part.detach() if held else part for part in parts), strict=True):
             rate = (-log_scale).exp()[:, None, None]
             centre = mean[:, None, None]
             a, b = (lower - centre) * rate, (upper - centre) * rate
@@ -546,10 +547,17 @@ class FactorisedPrior(nn.Module):
             total = total + weight[:, None, None] * part
         return total
 
-    def bits(self, symbols: Tensor, gain: Tensor) -> Tensor:
-        """Ideal code length in bits of each (noisy or integer) symbol; shapes (B, C, h, w) and (B, C, 1, 1)."""
-        p = self.cumulative((symbols - 0.5) / gain, (symbols + 0.5) / gain)
+    def bits(self, symbols: Tensor, gain: Tensor, held: bool = False) -> Tensor:
+        """Ideal code length in bits of each (noisy or integer) symbol; shapes (B, C, h, w) and (B, C, 1, 1).
+
+        held: see `cumulative`.
+        """
+        p = self.cumulative((symbols - 0.5) / gain, (symbols + 0.5) / gain, held)
         return -torch.log2(p.clamp(min=1e-9))
+
+    def chosen(self, values: Tensor, gain: Tensor) -> Tensor:
+        """Symbols that the encoder's default effort makes of values times gain (B, C, h, w); gain (B, C, 1, 1)."""
+        return settled(values, lambda symbols: self.bits(symbols, gain), HYPER_WORTH)
 
 
 class Hourglass(nn.Module):
@@ -631,10 +639,17 @@ class Hourglass(nn.Module):
         with torch.autocast(y.device.type, enabled=False):
             hyper_gain, _ = self.hyper_gains(weights)
             z = z * hyper_gain
-            symbols = rounded(z)
-            exact = mode == "round" or (mode == "settle" and not torch.is_grad_enabled())
-            counted = symbols if exact else z + torch.rand_like(z) - 0.5
-            bits = self.hyper_prior.bits(counted, hyper_gain).sum((1, 2, 3))
+            if mode == "settle":
+                symbols = z + (self.hyper_prior.chosen(z, hyper_gain) - z).detach()
+                own = self.hyper_prior.bits(symbols.detach(), hyper_gain.detach())
+                if torch.is_grad_enabled():
+                    # The value stays that of the symbols' bits; the hyper-latent's gradient is the noise's.
+                    noisy = self.hyper_prior.bits(z + torch.rand_like(z) - 0.5, hyper_gain, held=True)
+                    own = own + noisy - noisy.detach()
+            else:
+                symbols = rounded(z)
+                own = self.hyper_prior.bits(z + torch.rand_like(z) - 0.5 if mode == "noise" else symbols, hyper_gain)
+            bits = own.sum((1, 2, 3))
             scaled, z_hat = y.float() * gain, symbols / hyper_gain
         scaled, gain, z_hat = map(_channels_last, (scaled, gain, z_hat))
         kept = coded(scaled, self.widths) if mode == "settle" else None
@@ -646,7 +661,7 @@ class Hourglass(nn.Module):
         weights = hats(quality, self.shape.anchors)
         gain, _ = self.gains(weights)
         hyper_gain, _ = self.hyper_gains(weights)
-        z_hat = (self.hyper(y) * hyper_gain).round() / hyper_gain
+        z_hat = self.hyper_prior.chosen(self.hyper(y) * hyper_gain, hyper_gain) / hyper_gain
         scaled, gain, z_hat = map(_channels_last, (y * gain, gain, z_hat))
         kept = coded(scaled, self.widths)
         for _, symbols, _, level in self.prior.walk(scaled, gain, z_hat, weights, "settle", kept):

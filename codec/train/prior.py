@@ -18,7 +18,7 @@ Units: an activation stands for integer / 2**unit. The latent enters divided by 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -324,13 +324,21 @@ learn from these; the last part of a training.
 
 
 @torch.no_grad()
-def chosen(rest: Tensor, level: Tensor) -> Tensor:
-    """Symbols that the encoder's default effort makes of a latent less its mean: rounded, or one nearer to 0."""
+def settled(rest: Tensor, bits: Callable[[Tensor], Tensor], worth: float) -> Tensor:
+    """Symbols that the encoder's default effort makes of what is left of a latent: rounded, or one nearer to 0.
+
+    bits: what symbols of that shape take, each. worth: bits that one squared step of error is worth.
+    """
     symbols = rest.round()
     nearer = symbols - symbols.sign()
-    saved = bits_of(symbols, level) - bits_of(nearer, level)
+    saved = bits(symbols) - bits(nearer)
     worse = (rest - nearer).square_() - (rest - symbols).square_()
-    return torch.where((saved > WORTH * worse) & (symbols.abs() <= NEAR), nearer, symbols)
+    return torch.where((saved > worth * worse) & (symbols.abs() <= NEAR), nearer, symbols)
+
+
+def chosen(rest: Tensor, level: Tensor) -> Tensor:
+    """`settled` for the latent less its mean, at levels of the ladder."""
+    return settled(rest, lambda symbols: bits_of(symbols, level), WORTH)
 
 
 @torch.no_grad()

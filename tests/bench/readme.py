@@ -58,11 +58,19 @@ def speed(results: dict[str, Any]) -> list[str]:
     return rows
 
 
+def present(results: dict[str, Any]) -> list[str]:
+    """The flagship, which stands first, and the classic models; earlier flagships are in the JSON only."""
+    return [
+        name for number, (name, model) in enumerate(results["models"].items()) if not number or "z" not in model["code"]
+    ]
+
+
 def family(results: dict[str, Any]) -> list[str]:
     heads = ["model", "code, channels and stride", "kMAC a pixel, each way", "quality 0", "quality 50", "quality 100"]
     heads += ["JPEG, no smaller than quality 0", "BD-rate against JPEG"]
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, model in results["models"].items():
+    for name in present(results):
+        model = results["models"][name]
         code = " + ".join(f"{tensor} {channels}, {stride}" for tensor, (channels, stride) in model["code"].items())
         work = model["kmac_per_pixel"]
         points = [p for p in model["curve"] if p["quality"] in (0, 50, 100)]
@@ -84,8 +92,8 @@ def noise(results: dict[str, Any]) -> list[str]:
     rows.append(
         "| the noisy picture itself | | | " + " | ".join(f"{psnr:.1f}" for psnr in noisy["input"].values()) + " |"
     )
-    for name, qualities in noisy.items():
-        for quality, values in qualities.items() if name != "input" else ():
+    for name in present(results):
+        for quality, values in noisy.get(name, {}).items():  # of the models for colour
             cells = [f"{values[sigma]['psnr']:.1f} ({values[sigma]['bpp']:.2f} bpp)" for sigma in sigmas]
             rows.append(f"| `{name}` | {quality} | {' | '.join(cells)} |")
     return rows

@@ -7,6 +7,7 @@ bytes that its filters see, which makes these a plain cast of it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -43,12 +44,14 @@ _GATE = 1 / 256
 _FEW = 16
 """Outputs of a 3x3 filter that onnxruntime computes at a time, as fast as fewer."""
 
-_SEEN = {2: 1, 4: 2, 8: 4}
+_SEEN = {2: 2, 4: 2, 8: 4}
 """Depthwise layers of the blocks and filters at 1/8, from the first on, that a smaller picture sees, by its scale."""
 
-_STRENGTH = {2: 3 / 8}
-"""What of the post-filter's correction is right for a smaller picture, by scale; it was made for whole ones, see
-NOTES.md."""
+_NARROW = 96
+"""Channels that a linear map makes of what a filter with many outputs sees."""
+
+_FILTERED = 2
+"""The scale of smaller pictures that have a post-filter."""
 
 _Part: TypeAlias = BytewiseBlock | Filter
 """What adds to the trunk."""
@@ -81,7 +84,7 @@ class Reduced(nn.Module):
 
     In the place of all that adds to the trunk and of what follows `fit` puts one linear 3x3 filter. It sees the trunk
     and the bytes that the first of the filters and blocks have behind their depthwise layers; with many outputs a
-    linear map of these to fewer channels.
+    linear map of these to fewer channels. post: the post-filter, if there is one here, with another last layer.
     """
 
     def __init__(self, synthesis: Synthesis, scale: int) -> None:
@@ -90,20 +93,32 @@ class Reduced(nn.Module):
         samples, trunk = 3 * self.side**2, synthesis.overlap.out_channels  # samples: at a position at 1/8 resolution
         self.seen = [part for part in synthesis.fine if isinstance(part, _Part)][: _SEEN[scale]]
         inputs = (1 + len(self.seen)) * trunk
-        self.narrow = nn.Conv2d(inputs, trunk // 2, 1, bias=False) if samples >= _FEW else None
-        self.head = nn.Conv2d(trunk // 2 if self.narrow else inputs, samples, 3)
+        narrow = min(_NARROW, inputs)
+        self.narrow = nn.Conv2d(inputs, narrow, 1, bias=False) if samples >= _FEW else None
+        self.head = nn.Conv2d(narrow if self.narrow else inputs, samples, 3)
+        self.post = copy.deepcopy(synthesis.post) if scale == _FILTERED else None
 
     def features(self, core: Tensor) -> Tensor:
         """core (1, c, h, w) -> the trunk and the bytes, (1, (1 + n) t, 2 h, 2 w)."""
         t = F.pixel_shuffle(self.synthesis.from_latent(self.synthesis.coarse(core)), 2)
         return torch.cat([t, *(part.before(t) * _step(part) for part in self.seen)], 1)
 
+    def forward(self, latent: Tensor) -> Tensor:
+        """A dequantised latent (1, C, h, w) -> the picture (1, 3, H, W) in grey levels, without the post-filter."""
+        core, rest = unweave(latent, self.synthesis.core)
+        x = self.features(core)
+        d: Tensor = self.head(F.pad(self.narrow(x) if self.narrow else x, (1, 1, 1, 1), mode="replicate"))
+        small = F.pixel_shuffle(d[:, by_row(self.side).argsort()], self.side)
+        more = F.avg_pool2d(F.pixel_shuffle(self.synthesis.rest_to_depth(rest), 8), self.scale)
+        return ((small + more) * 255).round().clamp(0, 255)
+
     @torch.no_grad()
-    def fit(self, latents: Sequence[Tensor]) -> None:
+    def fit(self, samples: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Make the filter the one with the least squared error from the means of what the synthesis makes of
-        dequantised latents, each (1, C, h, w)."""
+        dequantised latents, each (1, C, h, w) with the `hats` of its quality, (1, anchors); then the post-filter."""
+        samples = samples[:: len(self.seen)]  # a filter that sees more takes longer with each
         pairs = []
-        for latent in latents[:: len(self.seen)]:  # a filter that sees more takes longer with each
+        for latent, _ in samples:
             core, _ = unweave(latent, self.synthesis.core)
             wanted = F.avg_pool2d(F.pixel_shuffle(self.synthesis.core_to_depth(core), 8), self.scale)
             pairs.append((self.features(core), F.pixel_unshuffle(wanted, self.side)[0][by_row(self.side)].flatten(1)))
@@ -111,17 +126,32 @@ class Reduced(nn.Module):
         if self.narrow:
             self.narrow.weight.copy_(_directions(solved, [x for x, _ in pairs], len(self.narrow.weight)))
             solved = self._solve([(self.narrow(x), wanted) for x, wanted in pairs])
-        assert self.head.bias is not None
-        self.head.weight.copy_(solved[:, :-1].reshape(self.head.weight.shape))
-        self.head.bias.copy_(solved[:, -1])
+        self._take(self.head, solved)
+        if self.post:
+            corrections = []
+            for latent, weights in samples:
+                levels = self(latent)
+                active, gain = self.post.active(levels, weights)
+                wanted = F.avg_pool2d(255 * self.synthesis(latent, weights), self.scale) - levels
+                corrections.append((active, F.pixel_unshuffle(wanted, 2)[0].flatten(1) / gain.flatten()))
+            self._take(self.post.last, self._solve(corrections, border=0))
 
     @staticmethod
-    def _solve(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """(samples, 9 C + 1): the 3x3 filter, and its bias, from (1, C, h, w) to (samples, h w)."""
+    def _take(layer: nn.Conv2d, solved: Tensor) -> None:
+        assert layer.bias is not None
+        layer.weight.copy_(solved[:, :-1].reshape(layer.weight.shape))
+        layer.bias.copy_(solved[:, -1])
+
+    @staticmethod
+    def _solve(pairs: list[tuple[Tensor, Tensor]], border: int = 1) -> Tensor:
+        """(samples, 9 C + 1): the 3x3 filter, and its bias, from (1, C, h, w) to (samples, h w).
+
+        border: positions around that repeat the edge.
+        """
         inputs, outputs = 9 * pairs[0][0].shape[1] + 1, len(pairs[0][1])
         squares, products = torch.zeros(inputs, inputs).double(), torch.zeros(inputs, outputs).double()
         for x, wanted in pairs:
-            a = F.unfold(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3)[0].double()
+            a = F.unfold(F.pad(x, (border,) * 4, mode="replicate"), 3)[0].double()
             a = torch.cat([a, torch.ones_like(a[:1])])
             squares += a @ a.T
             products += a @ wanted.double().T
@@ -178,7 +208,7 @@ def reduced(small: Reduced) -> onnx.ModelProto:
 
     Those that have no post-filter take no quality, and of rest what is wanted alone.
     """
-    graph, post = _Decoder(small.synthesis), small.synthesis.post if small.scale in _STRENGTH else None
+    graph, post = _Decoder(small.synthesis), small.post
     seen, side = graph.ring() if post else "keep", small.side
     t, wanted = graph.trunk(), graph.fine(seen)
     floats = [
@@ -202,7 +232,7 @@ def reduced(small: Reduced) -> onnx.ModelProto:
         d = graph.moved(graph.bordered(graph.product("head", features, matrix, None), (1, 2)), samples, bias)
     rest = small.synthesis.from_rest.weight.reshape(3, side, small.scale, side, small.scale, 4, -1).mean((2, 4))
     rest = rest.reshape(3 * side**2, 2, 2, -1)[by_row(side)]
-    return graph.finished(graph.cut(d, wanted, (1, 2)), rest, side, seen, post, _STRENGTH.get(small.scale, 1))
+    return graph.finished(graph.cut(d, wanted, (1, 2)), rest, side, seen, post)
 
 
 class _Decoder(Nodes):
@@ -371,25 +401,23 @@ class _Decoder(Nodes):
         paired = self.add("Reshape", d, self.add("Concat", minus, two, across, both, axis=0))
         return self.add("Add", paired, added)
 
-    def finished(
-        self, d: str, rest: Tensor, side: int, seen: str, post: PostFilter | None, strength: float = 1
-    ) -> onnx.ModelProto:
+    def finished(self, d: str, rest: Tensor, side: int, seen: str, post: PostFilter | None) -> onnx.ModelProto:
         """The model: d (1, 2 h', 2 w', 3 side^2), grey levels of the positions in `seen`, and what rest adds -> image
         (1, H, W, 3) of those in `keep`, which are fewer with a post-filter alone.
 
-        rest: weights (3 side^2, 2, 2, r). Channels are `by_row`. strength: see `corrected`.
+        rest: weights (3 side^2, 2, 2, r). Channels are `by_row`.
         """
         total, size = self.with_rest(d, rest), self.size(d)
         if post:
-            self.corrected(self.lines(total, size, side, 3 * side), seen, post, 2 * side, strength)
+            self.corrected(self.lines(total, size, side, 3 * side), seen, post, 2 * side)
         else:
             levels = self.add("QuantizeLinear", total, self.number(1), self.zero(0))
             self.lines(levels, size, side, 3 * side, "image")
         return self.model(rest.shape[-1], post.log_gain.numel() if post else 0)
 
-    def corrected(self, d: str, seen: str, post: PostFilter, side: int, strength: float) -> None:
+    def corrected(self, d: str, seen: str, post: PostFilter, side: int) -> None:
         """The output: d (1, H, W, 3), grey levels of the positions in `seen`, and what the post-filter adds to those in
-        `keep`. side: pixels of a position. strength: what is added of that.
+        `keep`. side: pixels of a position.
 
         A layer that makes two groups of 2x2 pixels at a time, with zeros among its weights, is faster: fewer and longer
         stretches of memory to copy.
@@ -430,7 +458,7 @@ class _Decoder(Nodes):
         after = self.add("Squeeze", self.add("Div", fine, gain)), ZERO
         x = self._requantised("post.last", x, post.unit, values, after, [1, 2])
         added = self.lines(x, self.size(x), 2, 12)
-        added = self.add("DequantizeLinear", added, self.number(strength * post.fine), self.zero(ZERO))
+        added = self.add("DequantizeLinear", added, self.number(post.fine), self.zero(ZERO))
         levels = self.add("Add", self.cut(d, ends, (1, 2)), added)
         self.add("QuantizeLinear", levels, self.number(1), self.zero(0), name="image")
 

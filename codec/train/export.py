@@ -214,8 +214,8 @@ def _classic_facts(net: Classic, grey: str | None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def dequantised(net: Hourglass, pieces: Pieces, count: int = 150) -> list[Tensor]:
-    """What the synthesis gets, (1, C, h, w) each, of some pieces at qualities from everywhere."""
+def dequantised(net: Hourglass, pieces: Pieces, count: int = 150) -> list[tuple[Tensor, Tensor]]:
+    """What the synthesis gets, (1, C, h, w) and `hats` (1, anchors) each, of pieces at qualities from everywhere."""
     found = []
     for number in torch.linspace(0, len(pieces) - 1, min(count, len(pieces))).long().tolist():
         height, width = (int(side) // PADDING * PADDING for side in pieces.sizes[number])
@@ -223,7 +223,7 @@ def dequantised(net: Hourglass, pieces: Pieces, count: int = 150) -> list[Tensor
             y = net.analysis(pieces.pixels[number, :height, :width].permute(2, 0, 1)[None].float() / 255)
             quality = torch.tensor([100 * (number * 0.618 % 1)])
             y_hat, _, inverse = net.entropy(y, quality, "settle")
-            found.append(y_hat * inverse)
+            found.append((y_hat * inverse, hats(quality, net.shape.anchors)))
     return found
 
 

@@ -271,10 +271,10 @@ def _silu_slope(x: Tensor) -> Tensor:
     return s + x * s * (1 - s)
 
 
-def write(net: Hourglass, folder: Path, samples: list[Tensor]) -> None:
+def write(net: Hourglass, folder: Path, samples: list[tuple[Tensor, Tensor]]) -> None:
     """encoder.onnx, prior.onnx, decoder.onnx, reduced-2.onnx, -4, -8 and gradient.onnx, for pictures of any size.
 
-    samples: dequantised latents, each (1, C, h, w), to fit the reduced ones to.
+    samples: dequantised latents, each (1, C, h, w) with the `hats` of its quality, to fit the reduced ones to.
     """
     image, latent = torch.zeros(1, 64, 128, 3, dtype=torch.uint8), torch.zeros(1, net.shape.latent, 4, 8)
     pixels, positions = {1: "height", 2: "width"}, {2: "rows", 3: "columns"}

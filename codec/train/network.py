@@ -364,15 +364,19 @@ class PostFilter(nn.Module):
 
     def forward(self, levels: Tensor, weights: Tensor) -> Tensor:
         """levels (B, 3, H, W), 0..255, whole numbers, and `hats` (B, anchors) -> the correction (B, 3, H, W)."""
+        active, gain = self.active(levels, weights)
+        found = F.conv2d(active, whole(self.last.weight), self.last.bias) * gain
+        return F.pixel_shuffle(as_bytes(found / self.fine, found.new_zeros(()), ZERO) * self.fine, 2)
+
+    def active(self, levels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer takes, (B, hidden, H / 2 + 2, W / 2 + 2), and the gain of what it gives, (B, 1, 1, 1)."""
         x = F.pixel_unshuffle(F.pad(levels, (self.reach,) * 4, mode="replicate"), 2)
         scale, gain = ((weights @ log).exp()[:, None, None, None] for log in (self.log_scale, self.log_gain))
         integers, factor = self.differences()
         assert self.first.bias is not None
         bias = self.first.bias[:, None, None]
         active = self._active((F.conv2d(x, integers) * (factor * self.level) + bias) * scale)
-        active = self._active(F.conv2d(active, whole(self.middle.weight), self.middle.bias))
-        found = F.conv2d(active, whole(self.last.weight), self.last.bias) * gain
-        return F.pixel_shuffle(as_bytes(found / self.fine, found.new_zeros(()), ZERO) * self.fine, 2)
+        return self._active(F.conv2d(active, whole(self.middle.weight), self.middle.bias)), gain
 
     def _active(self, x: Tensor) -> Tensor:
         """x from 0 on, as bytes hold it."""

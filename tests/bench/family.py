@@ -20,6 +20,7 @@ import numpy as np
 from head import head
 from PIL import Image, ImageDraw
 from rd import Pixels, bd, jpeg, mean_curve, measured, pillow
+from readme import present
 from tqdm import tqdm
 
 from hourglass.codec import Codec, image, metrics, runtime
@@ -171,7 +172,7 @@ def main() -> None:
             )
     models = sorted(runtime.model_ids(), key=lambda model: (model != runtime.DEFAULT_MODEL, model))
     colour = [model for model in models if runtime.open_model(model).colours == 3]
-    shown = [models[0], *(model for model in colour if model.startswith("classic-") and not model.endswith("-denoise"))]
+    shown = [model for model in present(models) if model in colour and not model.endswith("-denoise")]
     figure(shown, next((p for p in paths if options.photo and options.photo in p.name), paths[0]), options.figure)
     anew = options.models or models
     rows = kept["models"] | {model: of_model(model, paths) for model in models if model in anew}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,16 @@ def speed(results: dict[str, Any]) -> list[str]:
     return rows
 
 
-def present(results: dict[str, Any]) -> list[str]:
-    """The flagship, which stands first, and the classic models; earlier flagships are in the JSON only."""
-    return [
-        name for number, (name, model) in enumerate(results["models"].items()) if not number or "z" not in model["code"]
-    ]
+def present(models: Iterable[str]) -> list[str]:
+    """Of ids, the flagship's first, that one and those of classic models; earlier flagships are in the JSON only."""
+    return [model for number, model in enumerate(models) if not number or model.startswith("classic-")]
 
 
 def family(results: dict[str, Any]) -> list[str]:
     heads = ["model", "code, channels and stride", "kMAC a pixel, each way", "quality 0", "quality 50", "quality 100"]
     heads += ["JPEG, no smaller than quality 0", "BD-rate against JPEG"]
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name in present(results):
+    for name in present(results["models"]):
         model = results["models"][name]
         code = " + ".join(f"{tensor} {channels}, {stride}" for tensor, (channels, stride) in model["code"].items())
         work = model["kmac_per_pixel"]
@@ -92,7 +91,7 @@ def noise(results: dict[str, Any]) -> list[str]:
     rows.append(
         "| the noisy picture itself | | | " + " | ".join(f"{psnr:.1f}" for psnr in noisy["input"].values()) + " |"
     )
-    for name in present(results):
+    for name in present(results["models"]):
         for quality, values in noisy.get(name, {}).items():  # of the models for colour
             cells = [f"{values[sigma]['psnr']:.1f} ({values[sigma]['bpp']:.2f} bpp)" for sigma in sigmas]
             rows.append(f"| `{name}` | {quality} | {' | '.join(cells)} |")

@@ -212,8 +212,7 @@ def test_decoder_works_on_bytes_as_in_training(monkeypatch: pytest.MonkeyPatch) 
     parts = list(net.synthesis.fine)
     assert operators.count("MatMulIntegerToFloat") == len(parts)
     seen, expanded = (sum(getattr(part, name, None) is not None for part in parts) for name in ("log_seen", "expand"))
-    assert net.synthesis.post is not None
-    assert operators.count("QLinearConv") == seen + expanded + 3  # of the post-filter
+    assert operators.count("QLinearConv") == seen + expanded + (3 if len(net.synthesis.posts) == 1 else 0)
 
 
 def _changed(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:

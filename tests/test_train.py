@@ -38,6 +38,7 @@ from hourglass.codec.train.network import (
     Shape,
     as_bytes,
     hats,
+    post_of,
     start_from_pca,
     start_rest,
     unweave,
@@ -164,17 +165,57 @@ def test_a_wider_filter_starts_as_the_narrow_one(tmp_path: Path) -> None:
     narrow = _with_strong_filter()
     torch.save({"shape": SHAPE.as_dict(), "ema": narrow.state_dict()}, tmp_path / "narrow.pt")
     wide = Hourglass(replace(SHAPE, post=SHAPE.post + 24))
-    names = wide.synthesis.post.state_dict().keys() if wide.synthesis.post else ()
-    assert {f"synthesis.post.{name}" for name in names} <= loop._start_from(wide, tmp_path / "narrow.pt")
+    names = {f"synthesis.posts.{name}" for name in wide.synthesis.posts.state_dict()}
+    assert names <= loop._start_from(wide, tmp_path / "narrow.pt")
     x, weights = torch.rand(1, 3, 64, 96), hats(torch.tensor([40.0]), SHAPE.anchors)
     with torch.no_grad():
         corrected = narrow.synthesis.corrected(x, weights)
         assert float((corrected - x).abs().mean()) > 1 / 255
         assert torch.equal(wide.synthesis.corrected(x, weights), corrected)
-        assert wide.synthesis.post is not None
-        assert not wide.synthesis.post.middle.weight[: SHAPE.post, SHAPE.post :].any()
-        for layer in (wide.synthesis.post.first, wide.synthesis.post.middle):
-            assert (layer.weight[SHAPE.post :].flatten(1).std(1) > 0).all()
+        for post in wide.synthesis.posts:
+            assert isinstance(post, PostFilter)
+            assert not post.middle.weight[: SHAPE.post, SHAPE.post :].any()
+            for layer in (post.first, post.middle):
+                assert (layer.weight[SHAPE.post :].flatten(1).std(1) > 0).all()
+
+
+@pytest.mark.parametrize("posts", [1, 2])
+def test_more_filters_start_as_those_of_the_same_qualities(posts: int, tmp_path: Path) -> None:
+    """Of a file with fewer of them, or, as it once was, with one that had no number."""
+    few = _with_strong_filter(replace(SHAPE, posts=posts))
+    weights, shape = few.state_dict(), few.shape.as_dict()
+    if posts == 1:
+        weights = {name.replace("synthesis.posts.0.", "synthesis.post."): value for name, value in weights.items()}
+        del shape["posts"]
+    told = {"settings": {}, "step": 0, "seconds": 0.0}
+    torch.save(told | {"shape": shape, "ema": weights}, tmp_path / "few.pt")
+    many = Hourglass(replace(SHAPE, posts=4))
+    assert loop._start_from(many, tmp_path / "few.pt") == many.state_dict().keys()
+    read, _ = load_checkpoint(tmp_path / "few.pt")
+    assert isinstance(read, Hourglass)
+    x = torch.rand(1, 3, 64, 96)
+    for quality in (93.0, 8.0, 49.0, 51.0):
+        of_quality = hats(torch.tensor([quality]), SHAPE.anchors)
+        with torch.no_grad():
+            wanted = few.synthesis.corrected(x, of_quality)
+            assert float((wanted - x).abs().mean()) > 1 / 255
+            assert torch.equal(many.synthesis.corrected(x, of_quality), wanted)
+            assert torch.equal(read.synthesis.corrected(x, of_quality), wanted)
+
+
+def test_each_quality_has_its_filter() -> None:
+    """An even part of the qualities each; the first of a part belongs to it, and 100 to the last."""
+    quality = torch.tensor([0, 19.99, 20, 39, 40, 59, 60, 79, 80, 81, 100])
+    assert post_of(hats(quality, 11), 5).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4]
+    synthesis = _with_strong_filter().synthesis
+    x = torch.rand(5, 3, 32, 32)
+    qualities = torch.tensor([85.0, 5, 65, 25, 45])
+    with torch.no_grad():
+        together = synthesis.corrected(x, hats(qualities, 11))
+        for picture, quality, found in zip(x, qualities, together, strict=True):
+            post, levels = synthesis.posts[int(quality / 20)], (picture[None] * 255).round()
+            wanted = (picture + post(levels, hats(quality[None], 11))[0] / 255).clamp(0, 1)
+            assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_gains_start_where_an_error_is_worth_as_much(run: Path, tmp_path: Path) -> None:
@@ -562,10 +603,9 @@ def test_gradient_graph_is_the_gradient(net: Hourglass, zoo: Path) -> None:
 
 
 def _with_strong_filter(shape: Shape = SHAPE) -> Hourglass:
-    """An untrained network whose post-filter changes a picture by some grey levels."""
+    """An untrained network whose post-filters change a picture by some grey levels, each in another way."""
     torch.manual_seed(4)
     net = Hourglass(shape)
-    assert net.synthesis.post is not None
     with torch.no_grad():
         latent = torch.randn(1, SHAPE.latent, 8, 8)
         net.synthesis.fit_steps(latent)
@@ -573,8 +613,10 @@ def _with_strong_filter(shape: Shape = SHAPE) -> Hourglass:
         for layer in (net.synthesis.from_trunk, net.synthesis.from_rest):
             layer.weight *= 0.2 / deviation
         net.synthesis.from_trunk.bias.fill_(0.5)  # type: ignore[union-attr]
-        net.synthesis.post.last.weight.normal_(std=0.3)
-        net.synthesis.post.log_scale.uniform_(-0.5, 0.5)
+        for post in net.synthesis.posts:
+            assert isinstance(post, PostFilter)
+            post.last.weight.normal_(std=0.3)
+            post.log_scale.uniform_(-0.5, 0.5)
     return net.eval()
 
 
@@ -614,7 +656,7 @@ def test_post_filter_sees_no_mean() -> None:
         assert torch.equal(found, post(dark + torch.tensor([3.0, 90.0, 155.0])[:, None, None], weights))
 
 
-@pytest.mark.parametrize(("quality", "shape"), [(8.0, SHAPE), (93.0, SHAPE), (50.0, WITHOUT_COARSE)])
+@pytest.mark.parametrize(("quality", "shape"), [(8.0, SHAPE), (20.0, SHAPE), (93.0, SHAPE), (50.0, WITHOUT_COARSE)])
 def test_decoder_corrects_as_in_training(quality: float, shape: Shape) -> None:
     """decoder.onnx with a filter that does much, whole and parts of it, whose surroundings it sees, against PyTorch."""
     net = _with_strong_filter(shape)
@@ -653,7 +695,7 @@ def test_post_filter_learns_alone() -> None:
     assert float(loop.post_loss_of(state.net, x, quality).detach()) < first - 0.01
     changed = {name for name, value in state.net.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
-    assert all(name.startswith("synthesis.post.") for name in changed)
+    assert all(name.startswith("synthesis.posts.") for name in changed)
 
 
 def test_bytes_of_a_filter() -> None:

@@ -60,9 +60,10 @@ def main() -> None:
     "--prior-steps", default=_DEFAULTS.prior_steps, show_default=True, help="First steps, for the prior alone."
 )
 @click.option(
-    "--post", type=click.IntRange(0), default=Shape.post, show_default=True, help="Channels of the post-filter."
+    "--post", type=click.IntRange(0), default=Shape.post, show_default=True, help="Channels of the post-filters."
 )
-@click.option("--post-steps", default=_DEFAULTS.post_steps, show_default=True, help="Steps after these, for it alone.")
+@click.option("--posts", type=click.IntRange(1), default=Shape.posts, show_default=True, help="How many of these.")
+@click.option("--post-steps", default=_DEFAULTS.post_steps, show_default=True, help="Steps of these alone, next.")
 @click.option("--rate", default=_DEFAULTS.rate, show_default=True, help="Highest learning rate.")
 @click.option(
     "--settle", default=_DEFAULTS.settle, show_default=True, help="Last part of the run with the encoder's choices."
@@ -98,6 +99,7 @@ def run(
     core: int | None,
     analysis_blocks: tuple[int, int],
     post: int,
+    posts: int,
     start: Path | None,
     compiled: bool,
     **settings: Any,
@@ -114,9 +116,8 @@ def run(
     elif grey:
         raise errors.InvalidArgument("--grey goes with --classic: the flagship has three channels")
     else:
-        shape = Shape(
-            latent=latent, core=core or latent * 5 // 32 * 4, trunk=trunk, analysis_blocks=analysis_blocks, post=post
-        )
+        core = core or latent * 5 // 32 * 4
+        shape = Shape(trunk, latent, core, analysis_blocks, post=post, posts=posts)
     loop.train(folder, out, loop.Settings(**settings), shape, tier, _device(device), start, compiled)
 
 

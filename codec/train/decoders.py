@@ -28,6 +28,7 @@ from hourglass.codec.train.network import (
     Hourglass,
     PostFilter,
     Synthesis,
+    post_of,
     row_factor,
     unweave,
 )
@@ -78,13 +79,35 @@ class Nodes:
     def number(self, value: float) -> str:
         return self.constant(np.array(value, np.float32))
 
+    def branch(
+        self, outputs: Sequence[str], shape: Sequence[int | str], element: int = TensorProto.FLOAT
+    ) -> onnx.GraphProto:
+        """These nodes as one of the graphs that `choose` takes."""
+        values = [helper.make_tensor_value_info(name, element, shape) for name in outputs]
+        return helper.make_graph(self.nodes, f"branch{self.prefix}", [], values, self.constants)
+
+
+def choose(index: str, branches: Sequence[onnx.GraphProto], prefix: str, first: int = 0) -> onnx.GraphProto:
+    """A graph that does what branch number `index`, int64, does, where `branches` are those from number `first` on;
+    the first of them for smaller numbers, the last for larger ones."""
+    if len(branches) == 1:
+        return branches[0]
+    nodes, half = Nodes(f"{prefix}."), len(branches) // 2
+    early = nodes.add("Less", index, nodes.constant(np.array(first + half, np.int64)))
+    before = choose(index, branches[:half], f"{prefix}a", first)
+    after = choose(index, branches[half:], f"{prefix}b", first + half)
+    outputs = [f"{prefix}.{number}" for number in range(len(before.output))]
+    nodes.nodes.append(helper.make_node("If", [early], outputs, then_branch=before, else_branch=after))
+    like = before.output[0].type.tensor_type
+    return nodes.branch(outputs, [d.dim_param or d.dim_value for d in like.shape.dim], like.elem_type)
+
 
 class Reduced(nn.Module):
     """What stands for the synthesis where a picture is decoded at 1/2, 1/4 or 1/8 of its size.
 
     In the place of all that adds to the trunk and of what follows `fit` puts one linear 3x3 filter. It sees the trunk
     and the bytes that the first of the filters and blocks have behind their depthwise layers; with many outputs a
-    linear map of these to fewer channels. post: the post-filter, if there is one here, with another last layer.
+    linear map of these to fewer channels. posts: the post-filters, if there are any here, with other last layers.
     """
 
     def __init__(self, synthesis: Synthesis, scale: int) -> None:
@@ -96,7 +119,7 @@ class Reduced(nn.Module):
         narrow = min(_NARROW, inputs)
         self.narrow = nn.Conv2d(inputs, narrow, 1, bias=False) if samples >= _FEW else None
         self.head = nn.Conv2d(narrow if self.narrow else inputs, samples, 3)
-        self.post = copy.deepcopy(synthesis.post) if scale == _FILTERED else None
+        self.posts = copy.deepcopy(synthesis.posts) if scale == _FILTERED else nn.ModuleList()
 
     def features(self, core: Tensor) -> Tensor:
         """core (1, c, h, w) -> the trunk and the bytes, (1, (1 + n) t, 2 h, 2 w)."""
@@ -104,7 +127,7 @@ class Reduced(nn.Module):
         return torch.cat([t, *(part.before(t) * _step(part) for part in self.seen)], 1)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """A dequantised latent (1, C, h, w) -> the picture (1, 3, H, W) in grey levels, without the post-filter."""
+        """A dequantised latent (1, C, h, w) -> the picture (1, 3, H, W) in grey levels, without a post-filter."""
         core, rest = unweave(latent, self.synthesis.core)
         x = self.features(core)
         d: Tensor = self.head(F.pad(self.narrow(x) if self.narrow else x, (1, 1, 1, 1), mode="replicate"))
@@ -115,7 +138,7 @@ class Reduced(nn.Module):
     @torch.no_grad()
     def fit(self, samples: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Make the filter the one with the least squared error from the means of what the synthesis makes of
-        dequantised latents, each (1, C, h, w) with the `hats` of its quality, (1, anchors); then the post-filter."""
+        dequantised latents, each (1, C, h, w) with the `hats` of its quality, (1, anchors); then the post-filters."""
         samples = samples[:: len(self.seen)]  # a filter that sees more takes longer with each
         pairs = []
         for latent, _ in samples:
@@ -127,14 +150,16 @@ class Reduced(nn.Module):
             self.narrow.weight.copy_(_directions(solved, [x for x, _ in pairs], len(self.narrow.weight)))
             solved = self._solve([(self.narrow(x), wanted) for x, wanted in pairs])
         self._take(self.head, solved)
-        if self.post:
+        for number, post in enumerate(self.posts):
+            assert isinstance(post, PostFilter)
             corrections = []
-            for latent, weights in samples:
+            own = [sample for sample in samples if int(post_of(sample[1], len(self.posts))) == number]
+            for latent, weights in own or samples:
                 levels = self(latent)
-                active, gain = self.post.active(levels, weights)
+                active, gain = post.active(levels, weights)
                 wanted = F.avg_pool2d(255 * self.synthesis(latent, weights), self.scale) - levels
                 corrections.append((active, F.pixel_unshuffle(wanted, 2)[0].flatten(1) / gain.flatten()))
-            self._take(self.post.last, self._solve(corrections, border=0))
+            self._take(post.last, self._solve(corrections, border=0))
 
     @staticmethod
     def _take(layer: nn.Conv2d, solved: Tensor) -> None:
@@ -179,14 +204,13 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
 
     core (1, c, h, w) float32. keep (4,) int64: first and last row, first and last column (exclusive) of the positions
     that are wanted, 16x16 pixels each. rest (1, r, h', w') float32 of these alone, or zeros (1, r, 1, 1) where it is
-    all zero, which saves its work. With a post-filter, rest of one more row and column on each side, where core has
-    them, which the filter looks at; and quality (1, anchors) float32, the `hats` that it depends on.
+    all zero, which saves its work. With post-filters, rest of one more row and column on each side, where core has
+    them, which they look at; and quality (1, anchors) float32, the `hats` that they depend on.
 
     Raises `InvalidArgument` for a network that sees floats there.
     """
     synthesis, graph = net.synthesis, _Decoder(net.synthesis)
-    post = synthesis.post
-    t, seen = graph.trunk(), graph.ring() if post else "keep"
+    t, seen = graph.trunk(), graph.ring() if synthesis.posts else "keep"
     wanted = graph.fine(seen)
     for number, own in enumerate(graph.parts):
         left, is_middle = len(graph.parts) - number, number == len(graph.parts) // 2
@@ -200,16 +224,16 @@ def decoder(net: Hourglass) -> onnx.ModelProto:
     assert bias is not None
     d = graph.product("from_trunk", x, 255 * weight.T, 255 * bias[order])
     rest = synthesis.from_rest.weight.reshape(192, 2, 2, -1)[order]
-    return graph.finished(d, rest, 8, seen, post)
+    return graph.finished(d, rest, 8, seen, synthesis.posts)
 
 
 def reduced(small: Reduced) -> onnx.ModelProto:
     """reduced-2.onnx, -4, -8: what decoder.onnx takes -> image (1, H / scale, W / scale, 3) uint8.
 
-    Those that have no post-filter take no quality, and of rest what is wanted alone.
+    Those that have no post-filters take no quality, and of rest what is wanted alone.
     """
-    graph, post = _Decoder(small.synthesis), small.post
-    seen, side = graph.ring() if post else "keep", small.side
+    graph = _Decoder(small.synthesis)
+    seen, side = graph.ring() if small.posts else "keep", small.side
     t, wanted = graph.trunk(), graph.fine(seen)
     floats = [
         graph.add("DequantizeLinear", graph.before(f"fine.{number}", own, t), graph.number(1), graph.zero(ZERO))
@@ -232,14 +256,14 @@ def reduced(small: Reduced) -> onnx.ModelProto:
         d = graph.moved(graph.bordered(graph.product("head", features, matrix, None), (1, 2)), samples, bias)
     rest = small.synthesis.from_rest.weight.reshape(3, side, small.scale, side, small.scale, 4, -1).mean((2, 4))
     rest = rest.reshape(3 * side**2, 2, 2, -1)[by_row(side)]
-    return graph.finished(graph.cut(d, wanted, (1, 2)), rest, side, seen, post)
+    return graph.finished(graph.cut(d, wanted, (1, 2)), rest, side, seen, small.posts)
 
 
 class _Decoder(Nodes):
     """step: (t, 1, 1), what the trunk is divided by."""
 
-    def __init__(self, synthesis: Synthesis) -> None:
-        super().__init__("")
+    def __init__(self, synthesis: Synthesis, prefix: str = "") -> None:
+        super().__init__(prefix)
         self.parts = [part for part in synthesis.fine if isinstance(part, _Part)]
         seen = [part.log_seen for part in self.parts]
         if not seen or seen[0] is None or len(seen) < len(synthesis.fine):
@@ -401,28 +425,25 @@ class _Decoder(Nodes):
         paired = self.add("Reshape", d, self.add("Concat", minus, two, across, both, axis=0))
         return self.add("Add", paired, added)
 
-    def finished(self, d: str, rest: Tensor, side: int, seen: str, post: PostFilter | None) -> onnx.ModelProto:
+    def finished(self, d: str, rest: Tensor, side: int, seen: str, posts: nn.ModuleList) -> onnx.ModelProto:
         """The model: d (1, 2 h', 2 w', 3 side^2), grey levels of the positions in `seen`, and what rest adds -> image
-        (1, H, W, 3) of those in `keep`, which are fewer with a post-filter alone.
+        (1, H, W, 3) of those in `keep`, which are fewer with post-filters alone.
 
         rest: weights (3 side^2, 2, 2, r). Channels are `by_row`.
         """
         total, size = self.with_rest(d, rest), self.size(d)
-        if post:
-            self.corrected(self.lines(total, size, side, 3 * side), seen, post, 2 * side)
+        filters = [post for post in posts if isinstance(post, PostFilter)]
+        if filters:
+            self.corrected(self.lines(total, size, side, 3 * side), seen, filters, 2 * side)
         else:
             levels = self.add("QuantizeLinear", total, self.number(1), self.zero(0))
             self.lines(levels, size, side, 3 * side, "image")
-        return self.model(rest.shape[-1], post.log_gain.numel() if post else 0)
+        return self.model(rest.shape[-1], filters[0].log_gain.numel() if filters else 0)
 
-    def corrected(self, d: str, seen: str, post: PostFilter, side: int) -> None:
-        """The output: d (1, H, W, 3), grey levels of the positions in `seen`, and what the post-filter adds to those in
-        `keep`. side: pixels of a position.
-
-        A layer that makes two groups of 2x2 pixels at a time, with zeros among its weights, is faster: fewer and longer
-        stretches of memory to copy.
-        """
-        number, reach = self.whole_numbers, post.reach
+    def corrected(self, d: str, seen: str, posts: Sequence[PostFilter], side: int) -> None:
+        """The output: d (1, H, W, 3), grey levels of the positions in `seen`, and what the post-filter of the quality
+        adds to those in `keep`. side: pixels of a position."""
+        number, reach = self.whole_numbers, PostFilter.reach
         # What is wanted, and as much around as the filter looks at; where there is nothing the edge is repeated.
         first = self.add("Gather", seen, number(0, 0, 2, 2))
         ends = self.add("Mul", self.add("Sub", "keep", first), number(side))
@@ -434,6 +455,26 @@ class _Decoder(Nodes):
         before, behind = (self.add("Gather", missing, number(*places)) for places in ((0, 2), (1, 3)))
         pads = self.add("Concat", number(0), before, number(0, 0), behind, number(0), axis=0)
         x = self.add("Pad", levels, pads, mode="edge")
+        anchors = posts[0].log_gain.numel()
+        place = self.add("MatMul", "quality", self.constant(np.arange(anchors, dtype=np.float32)))
+        place = self.add("Mul", place, self.number(len(posts) / (anchors - 1)))
+        self.add("Squeeze", self.add("Cast", place, to=TensorProto.INT64), name="post")
+        # Weights that a graph chooses are no constants to onnxruntime, which makes its layers half as fast again.
+        branches = [_Decoder(self.synthesis, f"post{n}.").correction(post, x) for n, post in enumerate(posts)]
+        chosen = choose("post", branches, "posts")
+        self.nodes += chosen.node
+        self.constants += chosen.initializer
+        added = self.add("DequantizeLinear", chosen.output[0].name, self.number(PostFilter.fine), self.zero(ZERO))
+        levels = self.add("Add", self.cut(d, ends, (1, 2)), added)
+        self.add("QuantizeLinear", levels, self.number(1), self.zero(0), name="image")
+
+    def correction(self, post: PostFilter, x: str) -> onnx.GraphProto:
+        """x, bytes (1, H + 8, W + 8, 3) -> what a post-filter adds, bytes (1, H, W, 3).
+
+        A layer that makes two groups of 2x2 pixels at a time, with zeros among its weights, is faster: fewer and longer
+        stretches of memory to copy.
+        """
+        number = self.whole_numbers
         scale, gain = (
             self.add("Exp", self.add("MatMul", "quality", self.constant(_array(values))))
             for values in (post.log_scale, post.log_gain)
@@ -445,22 +486,20 @@ class _Decoder(Nodes):
         kernel = integers.reshape(hidden, 3, 2, 2, 3, 3).permute(0, 1, 4, 2, 5, 3).reshape(hidden, 3, 6, 6)
         after = self.add("Squeeze", self.add("Div", unit, scale)), 0
         values = _together(kernel, 2, 2), factor.flatten().repeat(2), _bias(post.first).repeat(2)
-        x = self._requantised("post.first", x, post.level, values, after, [2, 4])
+        x = self._requantised(f"{self.prefix}first", x, post.level, values, after, [2, 4])
         rows, columns = self.size(x)
         columns = self.add("Mul", columns, number(2))
         x = self.add("Reshape", x, self.add("Concat", number(1), rows, columns, number(hidden), axis=0))
         values = *_integers(post.middle.weight), _bias(post.middle)
-        x = self._requantised("post.middle", x, post.unit, values, (unit, 0))
+        x = self._requantised(f"{self.prefix}middle", x, post.unit, values, (unit, 0))
         # The last one, too: their upper rows of pixels, then their lower ones.
         integers, factor = _integers(post.last.weight)
         order = torch.arange(2 * 12).reshape(2, 3, 2, 2).permute(2, 0, 3, 1).flatten()
         values = _together(integers, 2, 1)[order], factor.repeat(2)[order], _bias(post.last).repeat(2)[order]
         after = self.add("Squeeze", self.add("Div", fine, gain)), ZERO
-        x = self._requantised("post.last", x, post.unit, values, after, [1, 2])
+        x = self._requantised(f"{self.prefix}last", x, post.unit, values, after, [1, 2])
         added = self.lines(x, self.size(x), 2, 12)
-        added = self.add("DequantizeLinear", added, self.number(post.fine), self.zero(ZERO))
-        levels = self.add("Add", self.cut(d, ends, (1, 2)), added)
-        self.add("QuantizeLinear", levels, self.number(1), self.zero(0), name="image")
+        return self.branch([added], (1, "height", "width", 3), TensorProto.UINT8)
 
     def lines(self, x: str, size: list[str], count: int, length: int, name: str = "") -> str:
         """Positions (size[0], size[1]) that have `count` lines of `length` samples each -> a picture (1, H, W, 3)."""

@@ -33,7 +33,7 @@ from hourglass.codec.train import graphs
 from hourglass.codec.train.classic import Classic
 from hourglass.codec.train.data import Pieces, grey_of
 from hourglass.codec.train.loop import Network, network_of, shape_of
-from hourglass.codec.train.network import FactorisedPrior, Gains, Hourglass, hats
+from hourglass.codec.train.network import FactorisedPrior, Gains, Hourglass, hats, present
 from hourglass.codec.train.prior import LADDER, OCTAVE, bits_of
 
 TILE = 512
@@ -79,7 +79,7 @@ def load_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
     try:
         values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         net = network_of(shape_of(values["shape"]))
-        net.load_state_dict(values["ema"])
+        net.load_state_dict(present(values["ema"]))
     except FileNotFoundError:
         raise
     except Exception as exc:  # torch.load raises whatever the bytes make it stumble over

@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import onnx
@@ -27,7 +27,7 @@ from hourglass.codec.prior import STEPS
 from hourglass.codec.runtime import STRIDE
 from hourglass.codec.train import prior as integers
 from hourglass.codec.train.classic import Classic
-from hourglass.codec.train.decoders import OPSET, Nodes, Reduced, by_row, decoder, reduced
+from hourglass.codec.train.decoders import OPSET, Nodes, Reduced, by_row, choose, decoder, reduced
 from hourglass.codec.train.network import (
     ZERO,
     Block,
@@ -35,6 +35,7 @@ from hourglass.codec.train.network import (
     Filter,
     Hourglass,
     PostFilter,
+    post_of,
     unweave,
     weave,
     whole,
@@ -135,7 +136,7 @@ class ClassicDecoderGraph(nn.Module):
 
 
 class GradientGraph(nn.Module):
-    """latent (1, C, h, w), image (1, 16 h, 16 w, 3) uint8, `hats` of the quality (1, anchors), which only a post-filter
+    """latent (1, C, h, w), image (1, 16 h, 16 w, 3) uint8, `hats` of the quality (1, anchors), which only post-filters
     takes -> squared error of the decoded picture, and its gradient.
 
     The error is summed over the samples where `inside` (1, 16 h, 16 w, 1) is 1 and not 0, on the 0..255 scale; the
@@ -147,9 +148,8 @@ class GradientGraph(nn.Module):
     def __init__(self, net: Hourglass) -> None:
         super().__init__()
         self.synthesis = net.synthesis
-        if (post := net.synthesis.post) is not None:
-            integers, factor = post.differences()  # not as operations of the graph
-            self.first = (integers * (factor[..., None] * post.level)).detach()
+        posts = [_PostWeights.of(post) for post in net.synthesis.posts if isinstance(post, PostFilter)]
+        self.posts = _PostWeights(*map(torch.stack, zip(*posts, strict=True))) if posts else None
 
     def forward(
         self, latent: Tensor, image: Tensor, inside: Tensor, quality: Tensor | None = None
@@ -173,9 +173,11 @@ class GradientGraph(nn.Module):
         decoded = F.pixel_shuffle(d, 8) * 255
         wanted, counted = (value.permute(0, 3, 1, 2).float() for value in (image, inside))
         on_top: Callable[[Tensor], Tensor] | None = None  # the way back through the post-filter
-        if net.post:
+        if self.posts:
             assert quality is not None
-            added, on_top = _corrected(net.post, self.first, decoded.clamp(0, 255).round(), quality)
+            which = post_of(quality, len(self.posts.first))
+            post = _PostWeights(*(values.index_select(0, which)[0] for values in self.posts))
+            added, on_top = _corrected(post, decoded.clamp(0, 255).round(), quality)
             decoded = decoded + added
         error = (decoded.clamp(0, 255) - wanted) * counted
         # As in training the gradient passes the clip: a sample beyond the range is pushed back.
@@ -199,33 +201,55 @@ class GradientGraph(nn.Module):
         return error.square().sum(), weave(g, of_rest)
 
 
-def _corrected(
-    post: PostFilter, first: Tensor, levels: Tensor, quality: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What a post-filter adds to a picture of whole grey levels, (1, 3, H, W), and the way back through it.
+class _PostWeights(NamedTuple):
+    """Those of a post-filter, for grey levels and rounded to what they multiply; or of several, stacked."""
 
-    first: weights of its first layer for grey levels.
-    """
-    reach = post.reach
+    first: Tensor
+    first_bias: Tensor
+    middle: Tensor
+    middle_bias: Tensor
+    last: Tensor
+    last_bias: Tensor
+    log_scale: Tensor
+    log_gain: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, post: PostFilter) -> _PostWeights:
+        integers, factor = post.differences()  # not as operations of the graph
+        biases = [layer.bias.detach() for layer in (post.first, post.middle, post.last) if layer.bias is not None]
+        return cls(
+            first=integers * (factor[..., None] * post.level),
+            first_bias=biases[0],
+            middle=whole(post.middle.weight),
+            middle_bias=biases[1],
+            last=whole(post.last.weight),
+            last_bias=biases[2],
+            log_scale=post.log_scale.detach(),
+            log_gain=post.log_gain.detach(),
+        )
+
+
+def _corrected(post: _PostWeights, levels: Tensor, quality: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What a post-filter adds to a picture of whole grey levels, (1, 3, H, W), and the way back through it."""
+    reach, unit, fine = PostFilter.reach, PostFilter.unit, PostFilter.fine
     scale, gain = ((quality @ log).exp()[:, None, None, None] for log in (post.log_scale, post.log_gain))
-    assert post.first.bias is not None
     x = F.pixel_unshuffle(F.pad(levels, (reach,) * 4, mode="replicate"), 2)
-    seen, below = _as_bytes((F.conv2d(x, first) + post.first.bias[:, None, None]) * (scale / post.unit), 0)
-    middle, last = whole(post.middle.weight), whole(post.last.weight)
-    inner, between = _as_bytes(F.conv2d(seen * post.unit, middle, post.middle.bias) / post.unit, 0)
-    added, above = _as_bytes(F.conv2d(inner * post.unit, last, post.last.bias) * (gain / post.fine), ZERO)
+    seen, below = _as_bytes((F.conv2d(x, post.first) + post.first_bias[:, None, None]) * (scale / unit), 0)
+    inner, between = _as_bytes(F.conv2d(seen * unit, post.middle, post.middle_bias) / unit, 0)
+    added, above = _as_bytes(F.conv2d(inner * unit, post.last, post.last_bias) * (gain / fine), ZERO)
 
     def back(g: Tensor) -> Tensor:
-        g = F.conv_transpose2d(F.pixel_unshuffle(g, 2) * (above * gain), last)
-        g = F.conv_transpose2d(g * between, middle)
-        g = F.pixel_shuffle(F.conv_transpose2d(g * (below * scale), first), 2)
+        g = F.conv_transpose2d(F.pixel_unshuffle(g, 2) * (above * gain), post.last)
+        g = F.conv_transpose2d(g * between, post.middle)
+        g = F.pixel_shuffle(F.conv_transpose2d(g * (below * scale), post.first), 2)
         for _ in range(2):  # what is repeated behind an edge falls back on it: rows, then columns
             inner, above_, below_ = g[:, :, reach:-reach], g[:, :, :reach], g[:, :, -reach:]
             edges = inner[:, :, :1] + above_.sum(2, keepdim=True), inner[:, :, -1:] + below_.sum(2, keepdim=True)
             g = torch.cat([edges[0], inner[:, :, 1:-1], edges[1]], 2).transpose(2, 3)
         return g
 
-    return F.pixel_shuffle(added * post.fine, 2), back
+    return F.pixel_shuffle(added * fine, 2), back
 
 
 _Back: TypeAlias = list[tuple[Tensor, Tensor]]
@@ -286,7 +310,7 @@ def write(net: Hourglass, folder: Path, samples: list[tuple[Tensor, Tensor]]) ->
         small.fit(samples)
         onnx.save(reduced(small), folder / f"reduced-{scale}.onnx")
     both = {"latent": latent, "image": image, "inside": image[..., :1]}
-    if net.synthesis.post:
+    if net.synthesis.posts:
         both["quality"] = torch.zeros(1, net.shape.anchors)
     free = {"latent": positions, "image": pixels, "inside": pixels}
     _trace(GradientGraph(net), both, folder / "gradient.onnx", free, ["error", "slope"])
@@ -442,20 +466,21 @@ def prior(net: Prior, widths: list[int]) -> onnx.ModelProto:
     features = "features"
     kept = _Nodes("kept.")
     first = main.add("Equal", "step", main.constant(np.array(0, np.int64)))
-    compute, keep = _hyper_synthesis(net, channels), _graph(kept, [kept.add("Identity", "features_before")], _FEATURES)
+    keep = kept.branch([kept.add("Identity", "features_before")], _FEATURES)
+    compute = _hyper_synthesis(net, channels)
     main.nodes.append(helper.make_node("If", [first], [features], then_branch=compute, else_branch=keep))
     if net.bytewise:
         features = main.add("Cast", main.clip(features, 0, BYTE.high), to=TensorProto.UINT8)
     known = main.clip(main.add("Cast", "known", to=TensorProto.FLOAT), KNOWN.low, KNOWN.high)
     by_step = [
-        _choose("width", [_branch(step, width, features, known) for width in widths], f"step{step.step}")
+        choose("width", [_branch(step, width, features, known) for width in widths], f"step{step.step}")
         for step in net.steps
         if isinstance(step, integers.Step)
     ]
-    whole = _choose("step", by_step, "steps")
-    main.nodes += whole.node
-    main.constants += whole.initializer
-    for output, name in zip(whole.output, ("raw_mean", "raw_level"), strict=True):
+    chosen = choose("step", by_step, "steps")
+    main.nodes += chosen.node
+    main.constants += chosen.initializer
+    for output, name in zip(chosen.output, ("raw_mean", "raw_level"), strict=True):
         main.add("Identity", output.name, name=name)
     mean = main.rounded(main.add("Mul", "raw_mean", "mean_unit"), _INT16)
     main.add("Cast", mean, to=TensorProto.INT16, name="mean")
@@ -502,20 +527,7 @@ def _hyper_synthesis(net: Prior, channels: int) -> onnx.GraphProto:
         features = nodes.add("Floor", nodes.signed_bytes("spread2", wide, net.spread2))
     else:
         features = nodes.layer("spread2", wide, net.spread2)
-    return _graph(nodes, [features], _FEATURES)
-
-
-def _choose(index: str, branches: list[onnx.GraphProto], prefix: str, first: int = 0) -> onnx.GraphProto:
-    """A graph that does what branch number `index` does, where `branches` are those from number `first` on."""
-    if len(branches) == 1:
-        return branches[0]
-    nodes, half = _Nodes(f"{prefix}."), len(branches) // 2
-    early = nodes.add("Less", index, nodes.constant(np.array(first + half, np.int64)))
-    before = _choose(index, branches[:half], f"{prefix}a", first)
-    after = _choose(index, branches[half:], f"{prefix}b", first + half)
-    outputs = [f"{prefix}.mean", f"{prefix}.level"]
-    nodes.nodes.append(helper.make_node("If", [early], outputs, then_branch=before, else_branch=after))
-    return _graph(nodes, outputs)
+    return nodes.branch([features], _FEATURES)
 
 
 class _Narrow:
@@ -567,12 +579,7 @@ def _branch(step: integers.Step, width: int, features: str, known: str) -> onnx.
     if number:
         direct = nodes.depthwise_part("direct", known, _Narrow(step.direct, width, latent), number)
         mean = nodes.add("Add", mean, direct)
-    return _graph(nodes, [mean, nodes.layer("scale", phases, _Narrow(step.scale, width, latent), group=4)])
-
-
-def _graph(nodes: _Nodes, outputs: list[str], shape: tuple[int | str, str | int, str, str] = _PART) -> onnx.GraphProto:
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in outputs]
-    return helper.make_graph(nodes.nodes, f"branch{nodes.prefix}", [], values, nodes.constants)
+    return nodes.branch([mean, nodes.layer("scale", phases, _Narrow(step.scale, width, latent), group=4)], _PART)
 
 
 class PriorGraph(nn.Module):
@@ -615,10 +622,12 @@ def macs_per_pixel(path: Path) -> dict[str, float]:
     """Multiplications with additions for each pixel of the picture, counted from the shapes in an ONNX file.
 
     All matrix products and convolutions of the graph; of a prior.onnx, which runs four times for a picture, the sum
-    of its four steps at full width. Returned by name of the layer.
+    of its four steps at full width; of a decoder.onnx those of one post-filter, as the others have as many. Returned by
+    name of the layer.
     """
     model = onnx.load(path)
-    if not any(node.op_type == "If" for node in model.graph.node):
+    if not any(entry.name == "step" for entry in model.graph.input):
+        _take_branches(model.graph, {"post": 0})
         return _macs(model)
     widths = sorted({_width(branch) for branch in _branches(model.graph)} - {0})
     counts: dict[str, float] = {}
@@ -646,7 +655,7 @@ def _width(branch: onnx.GraphProto) -> int:
 
 
 def _take_branches(graph: onnx.GraphProto, index: dict[str, int]) -> None:
-    """Replace every `If` by the branch that is taken when the inputs have the values of `index`, in place."""
+    """Replace every `If` by the branch that is taken when these values are as in `index`, in place."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     conditions = {node.output[0]: node for node in graph.node if node.op_type in ("Equal", "Less")}
     nodes = []

@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,7 @@ from hourglass.codec.train.network import (
     Shape,
     from_lambdas,
     hats,
+    present,
     start_from_pca,
     start_prior,
     start_rest,
@@ -248,7 +250,7 @@ def fresh(
             _start_from(net, start) | _filters_from(net, start, pieces, settings.crop, generator) if start else set()
         )
         missing = net.state_dict().keys() - taken
-        whole = all(name.endswith(_OF_ITSELF) or name.startswith("synthesis.post.") for name in missing)
+        whole = all(name.endswith(_OF_ITSELF) or name.startswith("synthesis.posts.") for name in missing)
         if not whole:
             start_from_pca(net, pictures, generator)
             if start:
@@ -287,7 +289,7 @@ def _filters_from(net: Hourglass, path: Path, pieces: Pieces, crop: int, generat
     other = network_of(shape_of(values["shape"]))
     if not isinstance(other, Hourglass) or not net.shape.filters or other.shape.filters:
         return set()
-    other.load_state_dict(values["ema"])
+    other.load_state_dict(present(values["ema"]))
     x = pieces.crops(_TO_FIT, crop, generator).cpu() / 255
     net.synthesis.fit_filters(other.synthesis, _dequantised(other, x))
     return {f"synthesis.fine.{name}" for name in net.synthesis.fine.state_dict()}
@@ -314,18 +316,23 @@ def start_classic(net: Classic, path: Path) -> None:
 
 def _start_from(net: Hourglass, path: Path) -> set[str]:
     """Take the weights of a file that fit; of a narrower latent its core, as the first channels of each quarter; of
-    narrower blocks of the synthesis and of a narrower post-filter what they have.
+    narrower blocks of the synthesis and of narrower post-filters what they have.
 
     The others keep their start; inputs that the file's layers did not have begin with zero weights. Returns the names
     of those taken.
     """
     values = torch.load(path, map_location="cpu", weights_only=True)
+    values["ema"] = present(values["ema"])
     _at_lambdas(values, net.shape)
-    own, weights, narrow = net.state_dict(), values["ema"], values["shape"]["latent"]
+    own, weights, narrow = net.state_dict(), dict(values["ema"]), values["shape"]["latent"]
     old_shape = Shape.from_dict(values["shape"])
+    of_post = re.compile(r"(synthesis\.posts\.)(\d+)(\..*)")
+    for found in filter(None, map(of_post.fullmatch, own if old_shape.post else ())):
+        number = int(found[2]) * old_shape.posts // net.shape.posts  # the one of the same qualities
+        weights[found[0]] = values["ema"][found[1] + str(number) + found[3]]
     hidden = {
         "synthesis.fine.": (old_shape.synthesis_hidden[0], net.shape.synthesis_hidden[0]),
-        "synthesis.post.": (old_shape.post, net.shape.post),
+        "synthesis.posts.": (old_shape.post, net.shape.post),
     }
     wider, core = net.shape.latent - narrow, values["shape"].get("core", narrow)
     source, places = (torch.arange(n).reshape(4, -1)[:, : core // 4].flatten() for n in (narrow, net.shape.latent))
@@ -359,9 +366,8 @@ def _at_lambdas(values: dict[str, Any], shape: Shape) -> None:
     if (old.lambda_low, old.lambda_high) == (shape.lambda_low, shape.lambda_high):
         return
     moved = from_lambdas(old, shape)
-    of_anchors = [f"{gains}.log_{way}" for gains in ("gains", "hyper_gains") for way in ("gain", "inverse")]
-    for name in (*of_anchors, "synthesis.post.log_scale", "synthesis.post.log_gain"):
-        if name in weights:
+    for name in weights:
+        if re.search(r"gains\.log_(gain|inverse)$|^synthesis\.posts\.\d+\.log_(scale|gain)$", name):
             weights[name] = moved @ weights[name].float()
     if (wide := weights.get("prior.widen.weight")) is not None:
         of_quality = wide[:, -moved.shape[1] :].float() @ moved.T
@@ -474,6 +480,10 @@ def _share_gradients(net: Network) -> None:
     """Mean of the gradients over all processes, in one exchange."""
     if _world() == 1:
         return
+    if isinstance(net, Hourglass) and any(p.grad is not None for p in net.synthesis.posts.parameters()):
+        for parameter in net.synthesis.posts.parameters():
+            if parameter.grad is None:  # no crop of this process has a quality of this filter
+                parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     distributed.all_reduce(flat)

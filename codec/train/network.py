@@ -60,7 +60,8 @@ class Shape:
     features: int = 128  # channels between hyper-synthesis and the prior's steps
     hidden: int = 160  # channels inside the prior's steps
     bytewise: bool = True  # whether these, and the blocks of the synthesis at 1/8, work on bytes
-    post: int = 64  # channels inside the post-filter behind the synthesis, 0 for none
+    post: int = 64  # channels inside the post-filters behind the synthesis, 0 for none
+    posts: int = 5  # how many there are, each for as large a part of the qualities
     centred: bool = True  # whether symbols stand for the centre of what becomes one, learned for each level
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.0006  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
@@ -77,7 +78,8 @@ class Shape:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Shape:
-        before: dict[str, Any] = {"bytewise": False, "filters": (), "centred": False, "post": 0}  # there was a choice
+        # What was so before there was a choice.
+        before: dict[str, Any] = {"bytewise": False, "filters": (), "centred": False, "post": 0, "posts": 1}
         values = before | values
         for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden", "filters"):
             values[key] = tuple(values[key])
@@ -402,7 +404,7 @@ class PostFilter(nn.Module):
 class Synthesis(nn.Module):
     """Synthesis transform g_s. y_hat (B, latent, h, w) -> (B, 3, 16 h, 16 w) in [0, 1].
 
-    Behind it there may be a post-filter, which knows the quality.
+    Behind it there may be post-filters, one for each part of the qualities.
 
     The clip passes gradients straight through: a pixel beyond the range is pushed back by the error that remains.
     """
@@ -416,7 +418,9 @@ class Synthesis(nn.Module):
         self.overlap = nn.Conv2d(shape.trunk, shape.trunk, 3, padding=1, groups=shape.trunk)
         self.from_trunk = nn.Conv2d(shape.trunk, 192, 1)
         self.from_rest = nn.Conv2d(shape.latent - shape.core, 4 * 192, 1, bias=False)
-        self.post = PostFilter(shape.post, shape.anchors) if shape.post else None
+        self.posts = nn.ModuleList(
+            PostFilter(shape.post, shape.anchors) for _ in range(shape.posts if shape.post else 0)
+        )
         nn.init.dirac_(self.overlap.weight, shape.trunk)
         nn.init.zeros_(self.overlap.bias)  # type: ignore[arg-type]
 
@@ -441,10 +445,17 @@ class Synthesis(nn.Module):
 
     def corrected(self, x: Tensor, weights: Tensor) -> Tensor:
         """A picture (B, 3, H, W) as the transform makes it -> what it becomes."""
-        if self.post:
+        if self.posts:
             x = x.float()  # bfloat16 in mixed precision, which does not tell grey levels apart
-            x = x + self.post(rounded(_within(x) * 255), weights) / 255
+            x = x + self.correction(rounded(_within(x) * 255), weights) / 255
         return _within(x)
+
+    def correction(self, levels: Tensor, weights: Tensor) -> Tensor:
+        """What the post-filter of each picture's quality adds to it, see `PostFilter`."""
+        which = post_of(weights, len(self.posts))
+        places = [(which == number).nonzero()[:, 0] for number in range(len(self.posts))]
+        parts = [post(levels[own], weights[own]) for post, own in zip(self.posts, places, strict=True) if len(own)]
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
     def to_depth(self, y_hat: Tensor) -> Tensor:
         """y_hat -> (B, 192, 2 h, 2 w): the picture before the clip and depth-to-space."""
@@ -492,6 +503,22 @@ def hats(quality: Tensor, anchors: int) -> Tensor:
     """quality (B,) in [0, 100] -> (B, anchors), the weights of linear interpolation between anchors."""
     place = quality.clamp(0, 100)[:, None] / 100 * (anchors - 1)
     return (1 - (place - torch.arange(anchors, device=quality.device)).abs()).clamp(min=0)
+
+
+def post_of(weights: Tensor, posts: int) -> Tensor:
+    """`hats` of qualities (B, anchors) -> which of the post-filters is theirs, (B,)."""
+    anchors = weights.shape[1]
+    place = weights @ torch.arange(anchors, dtype=weights.dtype, device=weights.device)
+    return (place * (posts / (anchors - 1))).long().clamp(max=posts - 1)
+
+
+def present(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a file by the names that they have today: once there was a single post-filter."""
+    before = "synthesis.post."
+    return {
+        f"synthesis.posts.0.{name.removeprefix(before)}" if name.startswith(before) else name: value
+        for name, value in weights.items()
+    }
 
 
 def from_lambdas(old: Shape, new: Shape) -> Tensor:

@@ -121,10 +121,12 @@ def keep(weights: dict[str, Any], values: dict[str, Any], path: Path) -> None:
 def halve(net: Network) -> dict[str, Tensor]:
     """Round the large weights of a network to what float16 holds, in place; all of its values, those in float16.
 
-    They take half the bytes then, and the graphs made of them compress.
+    They take half the bytes then, and the graphs made of them compress. Not those of the prior: where a weight is half
+    way between two integers that would choose another one, and its graph holds the integers.
     """
     values: dict[str, Tensor] = net.state_dict()
-    rounded = {name: value.half() for name, value in values.items() if value.numel() >= LARGE}
+    large = {name for name, value in values.items() if value.numel() >= LARGE and not name.startswith("prior.")}
+    rounded = {name: values[name].half() for name in large}
     for name, value in rounded.items():
         values[name].copy_(value)
     return values | rounded

@@ -471,33 +471,33 @@ class _Decoder(Nodes):
     def correction(self, post: PostFilter, x: str) -> onnx.GraphProto:
         """x, bytes (1, H + 8, W + 8, 3) -> what a post-filter adds, bytes (1, H, W, 3).
 
-        A layer that makes two groups of 2x2 pixels at a time, with zeros among its weights, is faster: fewer and longer
-        stretches of memory to copy.
+        onnxruntime copies what one place of a kernel sees at a time. So pixels become pairs of groups of 2x2 first, by
+        a layer that only moves them, and the first and the last layer make two groups at a time, with zeros among their
+        weights.
         """
-        number = self.whole_numbers
         scale, gain = (
             self.add("Exp", self.add("MatMul", "quality", self.constant(_array(values))))
             for values in (post.log_scale, post.log_gain)
         )
         unit, fine = self.number(post.unit), self.number(post.fine)
-        # The first layer, two groups at a time.
+        # Four R, four G, four B of a group, two groups side by side.
+        moved = _together(torch.eye(12).reshape(12, 3, 2, 2), 2, 2), torch.ones(24), torch.zeros(24)
+        x = self._requantised(f"{self.prefix}pairs", x, 1, moved, (self.number(1), 0), [2, 4])
         integers, factor = post.differences()
         hidden = len(integers)
-        kernel = integers.reshape(hidden, 3, 2, 2, 3, 3).permute(0, 1, 4, 2, 5, 3).reshape(hidden, 3, 6, 6)
+        values = _paired(integers), factor.flatten().repeat(2), _bias(post.first).repeat(2)
         after = self.add("Squeeze", self.add("Div", unit, scale)), 0
-        values = _together(kernel, 2, 2), factor.flatten().repeat(2), _bias(post.first).repeat(2)
-        x = self._requantised(f"{self.prefix}first", x, post.level, values, after, [2, 4])
-        rows, columns = self.size(x)
-        columns = self.add("Mul", columns, number(2))
-        x = self.add("Reshape", x, self.add("Concat", number(1), rows, columns, number(hidden), axis=0))
+        x = self._requantised(f"{self.prefix}first", x, post.level, values, after)
+        x = self.add("Reshape", x, self.whole_numbers(0, 0, -1, hidden))
         values = *_integers(post.middle.weight), _bias(post.middle)
         x = self._requantised(f"{self.prefix}middle", x, post.unit, values, (unit, 0))
-        # The last one, too: their upper rows of pixels, then their lower ones.
+        x = self.add("Reshape", x, self.whole_numbers(0, 0, -1, 2 * hidden))
+        # Of a pair its upper row of pixels, then its lower one.
         integers, factor = _integers(post.last.weight)
         order = torch.arange(2 * 12).reshape(2, 3, 2, 2).permute(2, 0, 3, 1).flatten()
-        values = _together(integers, 2, 1)[order], factor.repeat(2)[order], _bias(post.last).repeat(2)[order]
+        values = _paired(integers)[order], factor.repeat(2)[order], _bias(post.last).repeat(2)[order]
         after = self.add("Squeeze", self.add("Div", fine, gain)), ZERO
-        x = self._requantised(f"{self.prefix}last", x, post.unit, values, after, [1, 2])
+        x = self._requantised(f"{self.prefix}last", x, post.unit, values, after)
         added = self.lines(x, self.size(x), 2, 12)
         return self.branch([added], (1, "height", "width", 3), TensorProto.UINT8)
 
@@ -559,6 +559,13 @@ def _together(kernel: Tensor, count: int, step: int) -> Tensor:
     """A kernel (O, C, k, k') for one place -> (count x O, C, k, k' + (count - 1) step) for places `step` apart."""
     places = [F.pad(kernel, (step * n, step * (count - 1 - n))) for n in range(count)]
     return torch.cat(places)
+
+
+def _paired(kernel: Tensor) -> Tensor:
+    """A kernel (O, C, 3, 3) for one place -> (2 O, 2 C, 3, 2) for two side by side, of pairs of places."""
+    both = _together(kernel, 2, 1)
+    outputs, channels = both.shape[:2]
+    return both.reshape(outputs, channels, 3, 2, 2).permute(0, 4, 1, 2, 3).reshape(outputs, 2 * channels, 3, 2)
 
 
 def _step(own: _Part) -> Tensor:

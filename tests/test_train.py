@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -27,7 +28,7 @@ from hourglass.codec.train.classic import SHAPES, Classic, start_linear
 from hourglass.codec.train.data import list_training, load_pieces
 from hourglass.codec.train.decoders import decoder
 from hourglass.codec.train.export import LARGE, average, export, halve, load_checkpoint
-from hourglass.codec.train.graphs import GradientGraph
+from hourglass.codec.train.graphs import GradientGraph, macs_per_pixel
 from hourglass.codec.train.network import (
     LEAST_LOG_STEP,
     BytewiseBlock,
@@ -681,6 +682,18 @@ def test_decoder_corrects_as_in_training(quality: float, shape: Shape) -> None:
     for y0, y1, x0, x1 in ((0, 6, 0, 4), (2, 4, 3, 8), (0, 1, 0, 1), (3, 6, 2, 3)):
         part = whole[16 * y0 : 16 * y1, 16 * x0 : 16 * x1]
         assert np.abs(decoded(y0, y1, x0, x1) - part).mean() < 0.01
+
+
+def test_one_of_the_filters_is_counted(tmp_path: Path) -> None:
+    """A picture has one quality, so more filters are no more work."""
+    counts = []
+    for posts in (1, 5):
+        onnx.save(decoder(_with_strong_filter(replace(SHAPE, posts=posts))), tmp_path / "decoder.onnx")
+        counts.append(macs_per_pixel(tmp_path / "decoder.onnx"))
+    assert sum(counts[0].values()) == sum(counts[1].values())
+    hidden = SHAPE.post
+    last = sum(count for name, count in counts[1].items() if name.endswith("last"))
+    assert last == 2 * 12 * 12 * hidden / 8  # 12 samples of two groups of 4 pixels, from 3x4 groups
 
 
 def test_post_filter_learns_alone() -> None:

@@ -86,6 +86,13 @@ class Nodes:
         values = [helper.make_tensor_value_info(name, element, shape) for name in outputs]
         return helper.make_graph(self.nodes, f"branch{self.prefix}", [], values, self.constants)
 
+    def chosen(self, index: str, branches: Sequence[onnx.GraphProto], prefix: str) -> list[str]:
+        """The outputs of `choose`, whose nodes become some of these."""
+        graph = choose(index, branches, prefix)
+        self.nodes += graph.node
+        self.constants += graph.initializer
+        return [output.name for output in graph.output]
+
 
 def choose(index: str, branches: Sequence[onnx.GraphProto], prefix: str, first: int = 0) -> onnx.GraphProto:
     """A graph that does what branch number `index`, int64, does, where `branches` are those from number `first` on;
@@ -461,10 +468,8 @@ class _Decoder(Nodes):
         self.add("Squeeze", self.add("Cast", place, to=TensorProto.INT64), name="post")
         # Weights that a graph chooses are no constants to onnxruntime, which makes its layers half as fast again.
         branches = [_Decoder(self.synthesis, f"post{n}.").correction(post, x) for n, post in enumerate(posts)]
-        chosen = choose("post", branches, "posts")
-        self.nodes += chosen.node
-        self.constants += chosen.initializer
-        added = self.add("DequantizeLinear", chosen.output[0].name, self.number(PostFilter.fine), self.zero(ZERO))
+        (added,) = self.chosen("post", branches, "posts")
+        added = self.add("DequantizeLinear", added, self.number(PostFilter.fine), self.zero(ZERO))
         levels = self.add("Add", self.cut(d, ends, (1, 2)), added)
         self.add("QuantizeLinear", levels, self.number(1), self.zero(0), name="image")
 

@@ -32,8 +32,8 @@ from hourglass.codec.runtime import PADDING, STRIDE, Hyperprior, Model, open_mod
 from hourglass.codec.train import graphs
 from hourglass.codec.train.classic import Classic
 from hourglass.codec.train.data import Pieces, grey_of
-from hourglass.codec.train.loop import Network, network_of, shape_of
-from hourglass.codec.train.network import FactorisedPrior, Gains, Hourglass, hats, present
+from hourglass.codec.train.loop import Network, network_of, read, shape_of
+from hourglass.codec.train.network import FactorisedPrior, Gains, Hourglass, hats
 from hourglass.codec.train.prior import LADDER, OCTAVE, bits_of
 
 TILE = 512
@@ -77,9 +77,9 @@ _Floats = NDArray[np.float64]
 def load_checkpoint(path: Path) -> tuple[Network, dict[str, Any]]:
     """The averaged network of a checkpoint, on the CPU, its gains bounded, and the checkpoint's other values."""
     try:
-        values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        values = read(path)
         net = network_of(shape_of(values["shape"]))
-        net.load_state_dict(present(values["ema"]))
+        net.load_state_dict(values["ema"])
     except FileNotFoundError:
         raise
     except Exception as exc:  # torch.load raises whatever the bytes make it stumble over

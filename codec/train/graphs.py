@@ -477,11 +477,8 @@ def prior(net: Prior, widths: list[int]) -> onnx.ModelProto:
         for step in net.steps
         if isinstance(step, integers.Step)
     ]
-    chosen = choose("step", by_step, "steps")
-    main.nodes += chosen.node
-    main.constants += chosen.initializer
-    for output, name in zip(chosen.output, ("raw_mean", "raw_level"), strict=True):
-        main.add("Identity", output.name, name=name)
+    for output, name in zip(main.chosen("step", by_step, "steps"), ("raw_mean", "raw_level"), strict=True):
+        main.add("Identity", output, name=name)
     mean = main.rounded(main.add("Mul", "raw_mean", "mean_unit"), _INT16)
     main.add("Cast", mean, to=TensorProto.INT16, name="mean")
     level = main.add("Add", main.add("Mul", "raw_level", main.number(PER_OCTAVE)), "level_offset")

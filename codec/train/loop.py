@@ -285,14 +285,20 @@ def _dequantised(net: Hourglass, x: Tensor) -> Tensor:
 
 def _filters_from(net: Hourglass, path: Path, pieces: Pieces, crop: int, generator: torch.Generator) -> set[str]:
     """Where a network has filters and a file blocks in their place, fit them to these; the names of the weights."""
-    values = torch.load(path, map_location="cpu", weights_only=True)
+    values = read(path)
     other = network_of(shape_of(values["shape"]))
     if not isinstance(other, Hourglass) or not net.shape.filters or other.shape.filters:
         return set()
-    other.load_state_dict(present(values["ema"]))
+    other.load_state_dict(values["ema"])
     x = pieces.crops(_TO_FIT, crop, generator).cpu() / 255
     net.synthesis.fit_filters(other.synthesis, _dequantised(other, x))
     return {f"synthesis.fine.{name}" for name in net.synthesis.fine.state_dict()}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a file of weights or a checkpoint holds, on the CPU, its averaged weights by the names of today."""
+    values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return values | {"ema": present(values["ema"])}
 
 
 def start_classic(net: Classic, path: Path) -> None:
@@ -300,7 +306,7 @@ def start_classic(net: Classic, path: Path) -> None:
 
     Raises `InvalidArgument` for a file of another shape.
     """
-    values = torch.load(path, map_location="cpu", weights_only=True)
+    values = read(path)
     shape, weights = shape_of(values["shape"]), {name: value.float() for name, value in values["ema"].items()}
     first, last = "analysis.stages.0.convolution.weight", "synthesis.stages.3.convolution."
     if isinstance(shape, ClassicShape) and shape.colours == 3 and net.shape.colours == 1:
@@ -321,8 +327,7 @@ def _start_from(net: Hourglass, path: Path) -> set[str]:
     The others keep their start; inputs that the file's layers did not have begin with zero weights. Returns the names
     of those taken.
     """
-    values = torch.load(path, map_location="cpu", weights_only=True)
-    values["ema"] = present(values["ema"])
+    values = read(path)
     _at_lambdas(values, net.shape)
     own, weights, narrow = net.state_dict(), dict(values["ema"]), values["shape"]["latent"]
     old_shape = Shape.from_dict(values["shape"])

@@ -66,7 +66,7 @@ class Decoding:
         self, reader: Reader, model: runtime.Model, crew: Crew, *, at_once: int = 1, salvage: bool = False
     ) -> None:
         header = reader.header
-        self.grid = Grid(header.width, header.height, model.side)
+        self.grid = Grid.of(model, header.width, header.height)
         self.quality, self.grey = header.quality, header.colour == container.GREY
         self.holes: list[str] = []
         self.model, self._reader, self.crew = model, reader, crew

@@ -361,7 +361,7 @@ class Codec:
     def warm_up(self) -> None:
         """Load the model and run it once, so that the first picture does not wait for it."""
         model = self._model(self.model)
-        for width in (16, model.side + 16):  # one tile with all threads, more with a thread each
+        for width in (16, max(model.side, model.whole) + 16):  # one tile with all threads, more with a thread each
             shape = (16, width, 3) if model.colours == 3 else (16, width)
             self.decode(self.encode(np.zeros(shape, np.uint8), fallback=False))
 
@@ -405,7 +405,7 @@ class Codec:
         return self
 
     def _grid(self, picture: Picture | Strips) -> Grid:
-        return Grid(picture.width, picture.height, self._model(self.model).side)
+        return Grid.of(self._model(self.model), picture.width, picture.height)
 
     def _bands(self, grid: Grid) -> list[range]:
         self.limits.check_tiles(len(grid))
@@ -591,7 +591,7 @@ class Codec:
 
     def _decoding(self, reader: Reader, salvage: bool = False) -> Decoding:
         model, header = self._model(reader.header.model), reader.header
-        crew = self._crew(model, Grid(header.width, header.height, model.side))
+        crew = self._crew(model, Grid.of(model, header.width, header.height))
         return Decoding(reader, model, crew, at_once=_AT_ONCE * self._threads, salvage=salvage)
 
     def _streamed(
@@ -636,7 +636,7 @@ class Codec:
             )
         if model.colours == 1 and not code.grey:
             raise CodeError(f"code is of a picture with colours; model {model.id!r} has grey ones only")
-        grid = Grid(code.width, code.height, model.side)
+        grid = Grid.of(model, code.width, code.height)
 
         def walk(tile: Tile, own: runtime.Model) -> Symbols:
             place = tile.x, tile.y, tile.width, tile.height

@@ -75,13 +75,19 @@ _EXPONENT = 60 * 256
 
 @dataclass(frozen=True)
 class TensorRule:
-    """The rule for one code tensor: (channels, ceil(H / stride), ceil(W / stride)) int16."""
+    """The rule for one code tensor: (channels, ceil(H / stride), ceil(W / stride)) int16.
+
+    whole: pixels a side up to which a picture has one position all the same.
+    """
 
     name: str
     channels: int
     stride: int
+    whole: int = 0
 
     def shape(self, width: int, height: int) -> tuple[int, int, int]:
+        if max(width, height) <= self.whole:
+            return self.channels, 1, 1
         return self.channels, -(-height // self.stride), -(-width // self.stride)
 
     def part(self, tensor: NDArray[np.int16], x: int, y: int, width: int, height: int) -> NDArray[np.int16]:
@@ -152,10 +158,11 @@ class Model:
 
     id: permanent. manifest: as plain data. tensors: the rules of its code tensors, the first of them the latent.
     coded: the rule of the tensor that says how many channels of each tile's latent are coded, or None for all of them.
-    widths: how many of each quarter of the latent's channels may be coded. side: of a tile, in pixels. padding:
-    pictures are padded to multiples of it. edge: the same for what the transforms see; behind that they see zeros, as
-    behind the crops of training. halo: positions around a tile that the transforms look at. reach: positions of the
-    latent beyond its own that a pixel depends on. core: channels of each quarter that every tile's synthesis gets.
+    widths: how many of each quarter of the latent's channels may be coded. side: of a tile, in pixels. whole: of a
+    picture that is one tile all the same, 0 for none. padding: pictures are padded to multiples of it. edge: the same
+    for what the transforms see; behind that they see zeros, as behind the crops of training. halo: positions around a
+    tile that the transforms look at. reach: positions of the latent beyond its own that a pixel depends on. core:
+    channels of each quarter that every tile's synthesis gets.
     lone_rest: whether it gets the others of the positions that are wanted alone, and of `ring` positions around them,
     at which a post-filter looks; nothing else around depends on them.
     colours: channels of the pictures, 3, or 1 for a model of grey ones. grey: id of the model for grey pictures,
@@ -168,6 +175,7 @@ class Model:
     colours = 3
     grey: str | None = None
     side: int
+    whole = 0
     padding: int
     edge: int = STRIDE
     reach: int
@@ -353,7 +361,7 @@ class Hyperprior(Model):
     def __init__(self, model_id: str, folder: Path, manifest: dict[str, Any], threads: int) -> None:
         super().__init__(model_id, folder, manifest, threads)
         _, self.hyper, self.coded = self.tensors
-        self.side = self.coded.stride
+        self.side, self.whole = self.coded.stride, self.coded.whole
         self.widths = tuple(int(width) for width in manifest["widths"])
         self.edge = int(manifest.get("edge", PADDING))
         network = manifest["network"]

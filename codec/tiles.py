@@ -41,7 +41,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of a picture of width x height pixels: as few as sides of at most `side` pixels allow, of equal size.
+    """The tiles of a picture of width x height pixels: as few as sides of at most `side` pixels allow, of equal size;
+    `of` says that for a model.
 
     That is a multiple of 64, up to which the last ones of a row or column may lack something. Two cores then have equal
     work with a picture of two tiles, and no picture ends in slivers.
@@ -50,6 +51,11 @@ class Grid:
     width: int
     height: int
     side: int
+
+    @staticmethod
+    def of(model: runtime.Model, width: int, height: int) -> Grid:
+        """Small pictures are one tile where the model has it so: there a border costs most, and memory is no matter."""
+        return Grid(width, height, model.whole if max(width, height) <= model.whole else model.side)
 
     @property
     def across(self) -> int:

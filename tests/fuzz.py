@@ -27,6 +27,7 @@ decoded them, a second run forgives that.
 from __future__ import annotations
 
 import io
+import math
 import random
 import struct
 import sys
@@ -82,7 +83,10 @@ def codec() -> Codec:
     return Codec(threads=1, limits=LIMITS)
 
 
-TILE = next(model.tensors[-1].stride for model in codec().models() if model.id == codec().model)
+TILES = next(model.tensors[-1] for model in codec().models() if model.id == codec().model)
+"""Has one position for each tile."""
+
+TILE = max(TILES.stride, TILES.whole)
 """Pixels a side of a tile, for files that have as many sections as tiles."""
 
 
@@ -358,7 +362,7 @@ class _File:
 
     def fit(self) -> None:
         """As many tiles as the size has, where these are few; the last one is repeated."""
-        tiles = -(-self.width // TILE) * -(-self.height // TILE)
+        tiles = math.prod(TILES.shape(self.width, self.height))
         if not 1 <= tiles <= 6:
             return
         for kind in (CODE, ALPHA):

@@ -29,12 +29,13 @@ def large() -> NDArray[np.uint8]:
     return np.pad(photo, ((38, 38), (30, 30), (0, 0)), mode="reflect")
 
 
-def with_tiles(side: int, zoo: Path) -> Codec:
-    """The model with other tiles than its own, of `side` pixels at most; its copy goes to `zoo`."""
+def with_tiles(side: int, zoo: Path, whole: int = 0) -> Codec:
+    """The model with other tiles than its own, of `side` pixels at most, and pictures of up to `whole` in one; its copy
+    goes to `zoo`."""
     shutil.copytree(runtime.ZOO / runtime.DEFAULT_MODEL, zoo / runtime.DEFAULT_MODEL)
     path = zoo / runtime.DEFAULT_MODEL / "manifest.json"
     manifest: dict[str, Any] = json.loads(path.read_text())
-    manifest["code"][2]["stride"] = side
+    manifest["code"][2] |= {"stride": side, "whole": whole}
     path.write_text(json.dumps(manifest))
     return Codec(zoo=zoo)
 
@@ -74,6 +75,26 @@ def test_large_picture(quality: float, large: NDArray[np.uint8], codec: Codec) -
     assert alone.encode(large, quality=quality) == data
     assert abs(alone.decode(data).astype(int) - decoded).max() <= 1
     assert metrics.psnr(large, decoded) > 24 + quality / 10
+
+
+def test_small_pictures_are_one_tile(large: NDArray[np.uint8], tmp_path: Path) -> None:
+    """Up to `whole` pixels a side; from one more on as many as any other picture has."""
+    codec = with_tiles(128, tmp_path, whole=300)
+    for height, width, down, across in ((300, 300, 1, 1), (1, 300, 1, 1), (64, 301, 1, 3), (301, 40, 3, 1)):
+        picture = large[:height, :width]
+        data = codec.encode(picture, quality=30, fallback=False)
+        assert len(codec.read_header(data).sections) == down * across
+        code = codec.unpack(data)
+        assert code.tensors["c"].shape == (1, down, across)
+        assert code == codec.analyse(picture, quality=30)
+        assert codec.pack(code) == data
+        decoded = codec.decode(data)
+        assert np.array_equal(codec.synthesise(code), decoded)
+        part = codec.decode(data, region=(0, height // 2, width, 1))
+        assert abs(part.astype(int) - decoded[height // 2 : height // 2 + 1]).max() <= 1
+        assert metrics.psnr(picture, decoded) > 27
+    files = [coder.encode(large[:300, :300], quality=30) for coder in (codec, with_tiles(128, tmp_path / "tiled"))]
+    assert len(files[0]) < len(files[1]) - 8 * 18  # of each tile but one its entry in the header and the checksum
 
 
 def test_no_seams(large: NDArray[np.uint8], tmp_path: Path) -> None:

@@ -244,14 +244,16 @@ class Model(_message.Message):
     def __init__(self, id: _Optional[str] = ..., tensors: _Optional[_Iterable[_Union[TensorRule, _Mapping]]] = ..., manifest_json: _Optional[str] = ...) -> None: ...
 
 class TensorRule(_message.Message):
-    __slots__ = ("name", "channels", "stride")
+    __slots__ = ("name", "channels", "stride", "whole")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
     STRIDE_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
     name: str
     channels: int
     stride: int
-    def __init__(self, name: _Optional[str] = ..., channels: _Optional[int] = ..., stride: _Optional[int] = ...) -> None: ...
+    whole: int
+    def __init__(self, name: _Optional[str] = ..., channels: _Optional[int] = ..., stride: _Optional[int] = ..., whole: _Optional[int] = ...) -> None: ...
 
 class EncodeStreamRequest(_message.Message):
     __slots__ = ("start", "chunk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -116,12 +117,12 @@ def get_settings(request: pb.EncodeRequest) -> Settings:
 
 
 def model_to_message(info: ModelInfo) -> pb.Model:
-    tensors = [pb.TensorRule(name=rule.name, channels=rule.channels, stride=rule.stride) for rule in info.tensors]
+    tensors = [pb.TensorRule(**asdict(rule)) for rule in info.tensors]
     return pb.Model(id=info.id, tensors=tensors, manifest_json=json.dumps(dict(info.manifest)))
 
 
 def model_from_message(message: pb.Model) -> ModelInfo:
-    tensors = tuple(TensorRule(rule.name, rule.channels, rule.stride) for rule in message.tensors)
+    tensors = tuple(TensorRule(rule.name, rule.channels, rule.stride, rule.whole) for rule in message.tensors)
     return ModelInfo(message.id, tensors, json.loads(message.manifest_json))
 
 

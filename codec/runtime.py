@@ -69,8 +69,8 @@ _HOPS = {"encoder.onnx": "analysis", "prior.onnx": "prior", "gradient.onnx": "qu
 """What running a graph is a part of, in `watch.HOPS`; all others make pixels."""
 
 _EXPONENT = 60 * 256
-"""Largest magnitude of the exponents of the prior's units, in 1/256 octaves: no product overflows or underflows, and
-6 times that and 5120 is below what the proof takes for `level_offset`."""
+"""Largest magnitude of the exponents of the prior's units, and of what scales have beside, in 1/256 octaves: no product
+overflows or underflows, and 6 times the sum of two and 5120 is below what the proof takes for `level_offset`."""
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,8 @@ class Hyperprior(Model):
     def _numbers(self) -> dict[str, NDArray[Any]]:
         numbers = super()._numbers
         # What the proof of exactness takes for granted of the prior's inputs.
-        largest = max(abs(numbers[name]).max() for name in ("latent_exponent", "hyper_exponent"))
+        exponents = (numbers.get(name) for name in ("latent_exponent", "hyper_exponent", "scale_shift"))
+        largest = max(abs(values.astype(np.int64)).max() for values in exponents if values is not None)
         if numbers["mantissa"].max() > exactness.MANTISSA or largest > _EXPONENT:
             raise ModelError(f"tables.npz of model {self.id!r} has units that prior.onnx is not exact for; reinstall")
         return numbers
@@ -422,14 +423,23 @@ class Hyperprior(Model):
         weights[low], weights[low + 1] = 32 - part, part
         quarters = per_unit.reshape(4, -1)[:, : self.widths[width]]
         orders = [np.concatenate([quarters[step ^ phase] for phase in range(4)]) for step in range(4)]
+        scales = [order + shift for order, shift in zip(orders, self._scale_shifts(quality, width), strict=True)]
         return Units(
             width=np.array(width, np.int64),
             quality=weights.reshape(1, -1, 1, 1),
             hyper_unit=self._power(-per_hyper, 5),
             known_unit=[self._power(-order, 2) for order in orders],
             mean_unit=[self._power(order, -5) for order in orders],
-            level_offset=[(6 * order + 5120).astype(np.float32)[:, None, None] for order in orders],
+            level_offset=[(6 * scale + 5120).astype(np.float32)[:, None, None] for scale in scales],
         )
+
+    def _scale_shifts(self, quality: float, width: int) -> NDArray[np.int64]:
+        """(4, c): what scales have of their own at a quality, in 1/256 octaves, for each step in its order."""
+        shift, channels = self._numbers.get("scale_shift"), self.widths[width]
+        if shift is None:
+            return np.zeros((4, 4 * channels), np.int64)
+        own = _interpolate(shift.reshape(len(shift), -1), quality).reshape(4, 4, -1)
+        return own[:, :, :channels].reshape(4, -1)
 
     def _power(self, exponent: NDArray[np.int64], shift: int) -> NDArray[np.float32]:
         """2**(exponent / 256 + shift), with 9 bits: a shipped table of integers times a power of two, both exact."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -217,16 +218,23 @@ def test_decoder_works_on_bytes_as_in_training(monkeypatch: pytest.MonkeyPatch) 
 
 def _changed(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
     """A zoo with the default model, prior.onnx changed and its checksum mended."""
-    import hashlib
 
-    shutil.copytree(MODEL, folder / MODEL.name)
-    path = folder / MODEL.name / "prior.onnx"
-    model = onnx.load(path)
-    change(model)
-    onnx.save(model, path)
-    manifest = json.loads((folder / MODEL.name / "manifest.json").read_text())
-    manifest["sha256"]["prior.onnx"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder / MODEL.name / "manifest.json").write_text(json.dumps(manifest))
+    def change_file(path: Path) -> None:
+        model = onnx.load(path)
+        change(model)
+        onnx.save(model, path)
+
+    return _with_changed(folder, "prior.onnx", change_file)
+
+
+def _with_changed(folder: Path, name: str, change: Callable[[Path], None]) -> Path:
+    """A zoo with the default model, one of its files changed and the checksum mended."""
+    copy = folder / MODEL.name
+    shutil.copytree(MODEL, copy)
+    change(copy / name)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["sha256"][name] = hashlib.sha256((copy / name).read_bytes()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
 
@@ -256,6 +264,24 @@ def _weights(model: onnx.ModelProto, name: str, array: NDArray[Any]) -> None:
 def test_inexact_model_is_refused(fill: NDArray[Any], message: str, tmp_path: Path) -> None:
     zoo = _changed(tmp_path, lambda model: _weights(model, "hyper.widen2", fill))
     with pytest.raises(errors.ModelError, match=message):
+        Codec(zoo=zoo).encode(np.zeros((8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("latent_exponent", np.full((11, 512), -15361, np.int32)),
+        ("scale_shift", np.full((11, 4, 512), 15361, np.int16)),
+        ("mantissa", np.full(256, 512, np.uint16)),
+    ],
+)
+def test_units_beyond_the_proof_are_refused(name: str, values: NDArray[Any], tmp_path: Path) -> None:
+    def change(path: Path) -> None:
+        with np.load(path) as arrays:
+            np.savez(path, allow_pickle=False, **{**arrays, name: values})
+
+    zoo = _with_changed(tmp_path, "tables.npz", change)
+    with pytest.raises(errors.ModelError, match=r"has units that prior\.onnx is not exact for"):
         Codec(zoo=zoo).encode(np.zeros((8, 8, 3), np.uint8))
 
 

@@ -517,12 +517,14 @@ def test_rounding_passes_gradients() -> None:
 
 @pytest.fixture(scope="module")
 def net(run: Path) -> Hourglass:
-    """What the run came to, and centroids as a longer one has them."""
+    """What the run came to, and centroids and shifts of the scales as a longer one has them."""
     net, _ = load_checkpoint(run / "checkpoint.pt")
     assert isinstance(net, Hourglass)
     assert net.prior.nearer is not None
+    assert net.prior.scale_shift is not None
     with torch.no_grad():
         net.prior.nearer.copy_(torch.linspace(0.3, -0.1, net.prior.nearer.numel()).reshape(net.prior.nearer.shape))
+        net.prior.scale_shift.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(2))
     return net
 
 
@@ -591,6 +593,32 @@ def test_exported_centroids(net: Hourglass, zoo: Path) -> None:
                 seen.add(size)
                 assert found[at] == -np.sign(chosen[at]) * float(shift[level, size - 1])
     assert seen == {1, 2, 3}
+
+
+def test_exported_scales(net: Hourglass, zoo: Path) -> None:
+    """Tables are those of the network's levels, with what these have of their own at each quality, step and channel."""
+    model = open_model("small-1", zoo)
+    picture = np.ascontiguousarray(image.read(IMAGES / "motocross.png")[:128, :192])
+    analysed = Analysed(model, picture, model.analyse(picture, 0, 0, 192, 128))
+    assert isinstance(model, Hyperprior)
+    assert net.prior.scale_shift is not None
+    y = torch.from_numpy(analysed.tensors["y"])[None]
+    shift = net.prior.scale_shift.clone()
+    for quality in (3.0, 57.21, 100.0):
+        parts = quantise(analysed, quality, "default").parts[1:]
+        alike, without = [], []
+        for wanted, shifted in ((alike, shift), (without, torch.zeros_like(shift))):
+            with torch.no_grad():
+                net.prior.scale_shift.copy_(shifted)
+                for (_, part), (_, level) in zip(parts, net.symbols(y, torch.tensor([quality])), strict=True):
+                    tables = model.level_tables[level[0].permute(2, 0, 1).numpy().astype(int)]
+                    kept = len(part.tables) // 4
+                    tables = tables.reshape(4, -1, *tables.shape[1:])[:, :kept].reshape(part.tables.shape)
+                    coded = part.tables > 0
+                    wanted.append((tables == part.tables)[coded].mean())
+        net.prior.scale_shift.data.copy_(shift)
+        assert min(alike) > 0.95  # a symbol chosen otherwise changes what later steps know
+        assert max(without) < 0.6
 
 
 def test_gradient_graph_is_the_gradient(net: Hourglass, zoo: Path) -> None:

@@ -258,6 +258,8 @@ def freeze(net: Hourglass, pieces: Pieces, count: int = 300) -> dict[str, NDArra
     }
     if (shift := net.prior.shift()) is not None:
         numbers["nearer"] = shift.numpy().astype(np.int8)
+    if net.prior.scale_shift is not None:
+        numbers["scale_shift"] = np.rint(net.prior.scale_shift.numpy() * OCTAVE).astype(np.int16)
     return numbers
 
 

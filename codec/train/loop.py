@@ -52,7 +52,15 @@ SMOOTHED = 80
 ACTIVITY = 40.0
 """Mean square of the gradient, in grey levels for each pixel, at which an area counts a quarter in `uneven`."""
 
-_OF_ITSELF = ("log_seen", "log_before", "log_steps.before", "log_steps.inside", "log_steps.active", "prior.nearer")
+_OF_ITSELF = (
+    "log_seen",
+    "log_before",
+    "log_steps.before",
+    "log_steps.inside",
+    "log_steps.active",
+    "prior.nearer",
+    "prior.scale_shift",
+)
 """Ends of the names of weights that need neither principal components nor latents to start from."""
 
 _TO_FIT = 64

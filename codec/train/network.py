@@ -63,6 +63,7 @@ class Shape:
     post: int = 64  # channels inside the post-filters behind the synthesis, 0 for none
     posts: int = 5  # how many there are, each for as large a part of the qualities
     centred: bool = True  # whether symbols stand for the centre of what becomes one, learned for each level
+    shifted: bool = True  # whether scales have a part of their own for each quality, step and channel
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.0006  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
     lambda_high: float = 0.28  # the same at quality 100; between them log-linear
@@ -80,6 +81,7 @@ class Shape:
     def from_dict(values: dict[str, Any]) -> Shape:
         # What was so before there was a choice.
         before: dict[str, Any] = {"bytewise": False, "filters": (), "centred": False, "post": 0, "posts": 1}
+        before["shifted"] = False
         values = before | values
         for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden", "filters"):
             values[key] = tuple(values[key])
@@ -615,6 +617,7 @@ class Hourglass(nn.Module):
             self.shape.hidden,
             self.shape.bytewise,
             self.shape.centred,
+            self.shape.shifted,
         )
         self.synthesis = Synthesis(self.shape)
 

@@ -388,11 +388,20 @@ def stillness() -> Tensor:
 class Prior(nn.Module):
     """The whole prior, in integers. `log_unit` (C,): OCTAVE * log2 of each latent channel's deviation.
 
-    bytewise: see `Step`. centred: see the method.
+    bytewise: see `Step`. centred: see the method. shifted: whether the scales have a part that depends on quality, step
+    and channel alone, which costs nothing: the decoder adds it to what a channel's gain adds.
     """
 
     def __init__(
-        self, latent: int, hyper: int, anchors: int, features: int, hidden: int, bytewise: bool, centred: bool
+        self,
+        latent: int,
+        hyper: int,
+        anchors: int,
+        features: int,
+        hidden: int,
+        bytewise: bool,
+        centred: bool,
+        shifted: bool,
     ) -> None:
         super().__init__()
         self.register_buffer("log_unit", torch.zeros(latent))
@@ -405,6 +414,8 @@ class Prior(nn.Module):
         self.spread2 = Depthwise(features, 3, HIDDEN, SIGNED_BYTE if bytewise else SIGNED)
         self.steps = nn.ModuleList(Step(latent, features, hidden, bytewise, step) for step in range(STEPS))
         self.nearer = nn.Parameter(torch.zeros(LADDER, NEARER)) if centred else None
+        # In octaves, the elements of a step in its own order.
+        self.scale_shift = nn.Parameter(torch.zeros(anchors, STEPS, latent)) if shifted else None
         self.register_buffer("still", stillness(), persistent=False)
         self.still: Tensor
 
@@ -472,11 +483,17 @@ class Prior(nn.Module):
         features = self.features(rounded(z_hat * 2**HYPER.unit, HYPER.low, HYPER.high), (hats * 2**HYPER.unit).round())
         ratios = by_step(gain * torch.exp2(self.log_unit / OCTAVE))  # symbols per unit
         masks = by_step(torch.ones_like(gain) if kept is None else kept)
+        log_ratios = [torch.log2(ratio) for ratio in ratios]
+        if self.scale_shift is not None:
+            shifts = (hats @ self.scale_shift.flatten(1)).reshape(len(hats), STEPS, 1, 1, -1).unbind(1)
+            log_ratios = [ratio + shift for ratio, shift in zip(log_ratios, shifts, strict=True)]
         known: list[Tensor] = []
-        for step, part, ratio, mask in zip(self.steps, split(scaled), ratios, masks, strict=True):
+        for step, part, ratio, log_ratio, mask in zip(
+            self.steps, split(scaled), ratios, log_ratios, masks, strict=True
+        ):
             mean, log_scale = step(features, join(known) if known else None)
             mean = rounded(mean * (ratio * (FINE / 2**MEAN.unit))) / FINE
-            level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (torch.log2(ratio) - LOWEST) * PER_OCTAVE
+            level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (log_ratio - LOWEST) * PER_OCTAVE
             level = rounded(level, 0, LADDER - 1)
             rest = part - mean
             symbols = rest + (chosen(rest, level) - rest).detach() if mode == "settle" else rounded(rest)

@@ -23,7 +23,12 @@ from hourglass.codec.limits import Limits
 from hourglass.codec.watch import hop
 
 MAGIC = b"\x89HGC"
-VERSION = 1
+
+LONG, SHORT = 1, 2
+"""Versions of the format: they differ in the header, which in the second takes 18 bytes less."""
+
+FEW = 8
+"""Sections that a file of version 2 has at most."""
 
 CODE = 1
 """Section kind: the entropy-coded code tensors of one tile; one section for each, in the order of the tiles."""
@@ -52,6 +57,14 @@ _HEAD = struct.Struct("<4sBBIIHIB")
 # magic, version, colour, width, height, quality * 100, sections, length of the model id
 _SECTION = struct.Struct("<BII")  # kind, length, CRC-32
 _CRC = struct.Struct("<I")
+
+_FAMILY = "hourglass-"
+"""What the ids of most models begin with. In version 2 the length of the rest says so by `_OF_FAMILY`."""
+
+_OF_FAMILY = 128
+
+_LONGEST = 4 + 1 + 1 + 3 * 5 + 1 + 1 + 127 + FEW * (1 + 5 + 4) + 4
+"""Bytes of a header of version 2, at most."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +105,32 @@ class Header:
 
 @dataclass(frozen=True)
 class Front:
-    """A header without its sections: what is known of a picture before it is coded."""
+    """A header without its sections: what is known of a picture before it is coded.
+
+    short: whether a file of few sections has a short header, version 2 of the format.
+    """
 
     model: str
     colour: int
     width: int
     height: int
     quality: float
+    short: bool = False
+
+    def is_short(self, count: int) -> bool:
+        """Whether a file of so many sections has a short header."""
+        return self.short and count <= FEW and len(self.model.removeprefix(_FAMILY)) < _OF_FAMILY
 
     def pack(self, sections: Sequence[Section]) -> bytes:
         name = self.model.encode("ascii")
         quality = round(self.quality * 100)
-        head = _HEAD.pack(MAGIC, VERSION, self.colour, self.width, self.height, quality, len(sections), len(name))
+        if self.is_short(len(sections)):
+            rest = name.removeprefix(_FAMILY.encode())
+            data = MAGIC + bytes([SHORT, self.colour]) + b"".join(map(_varint, (self.width, self.height, quality)))
+            data += bytes([len(sections), len(rest) | (_OF_FAMILY if rest != name else 0)]) + rest
+            data += b"".join(bytes([s.kind]) + _varint(s.length) + _CRC.pack(s.crc) for s in sections)
+            return data + _CRC.pack(zlib.crc32(data))
+        head = _HEAD.pack(MAGIC, LONG, self.colour, self.width, self.height, quality, len(sections), len(name))
         table = (_SECTION.pack(section.kind, section.length, section.crc) for section in sections)
         data = b"".join([head, name, *table])
         return data + _CRC.pack(zlib.crc32(data))
@@ -127,26 +154,32 @@ def write(front: Front, sections: Sequence[tuple[int, bytes]]) -> bytes:
 class Writer:
     """A file written section by section, of which only the table is kept: the header is filled in at the end.
 
+    How long a short header is only its sections tell, so these, which are few, are held until then.
+
     file: a seekable binary file. count: how many sections there will be.
     """
 
     def __init__(self, file: BinaryIO, front: Front, count: int) -> None:
         self._file, self._front, self._count = file, front, count
         self._table: list[Section] = []
-        self.length = len(front.pack([Section(CODE, 0, 0)] * count))
-        file.seek(self.length)
+        self._held: list[bytes] | None = [] if front.is_short(count) else None
+        if self._held is None:
+            file.seek(len(front.pack([Section(CODE, 0, 0)] * count)))
 
     @hop("pack")
     def add(self, kind: int, data: bytes) -> None:
         self._table.append(Section(kind, len(data), zlib.crc32(data)))
-        self._file.write(data)
-        self.length += len(data)
+        if self._held is None:
+            self._file.write(data)
+        else:
+            self._held.append(data)
 
     def finish(self) -> None:
         if len(self._table) != self._count:
             raise AssertionError(f"{len(self._table)} sections were written; {self._count} were announced")
         self._file.seek(0)
         self._file.write(self._front.pack(self._table))
+        self._file.writelines(self._held or [])
 
 
 @dataclass
@@ -275,14 +308,17 @@ def _parse(read: Callable[[int, int], memoryview], limits: Limits) -> Header:
     magic = bytes(data[: len(MAGIC)])
     if magic != MAGIC[: len(magic)] or not magic:
         raise ContainerError(f"not a .hgc file: it begins with {magic!r}, expected {MAGIC!r}")
-    if len(data) > len(MAGIC) and data[len(MAGIC)] != VERSION:
-        found = data[len(MAGIC)]
-        raise ContainerError(f"file has format version {found}; this release reads version {VERSION}; upgrade it")
+    version = data[len(MAGIC)] if len(data) > len(MAGIC) else LONG
+    if version not in (LONG, SHORT):
+        raise ContainerError(
+            f"file has format version {version}; this release reads versions {LONG} and {SHORT}; upgrade it"
+        )
+    if version == SHORT:
+        return _parse_short(bytes(read(0, _LONGEST)), limits)
     if len(data) < _HEAD.size:
         raise CorruptError(f"file ends after {len(data)} bytes, inside its header; it was cut short")
-    _, version, colour, width, height, quality, count, name_length = _HEAD.unpack(data)
-    if count > limits.sections:
-        raise LimitError(f"file has {count} sections; the limit is {limits.sections} (Limits.sections)")
+    _, _, colour, width, height, quality, count, name_length = _HEAD.unpack(data)
+    _check_count(count, limits)
     table = _HEAD.size + name_length
     end = table + count * _SECTION.size
     data = read(0, end + _CRC.size)
@@ -290,6 +326,66 @@ def _parse(read: Callable[[int, int], memoryview], limits: Limits) -> Header:
         raise CorruptError(f"file ends after {len(data)} bytes, inside its header; it was cut short")
     _check(data[:end], _CRC.unpack_from(data, end)[0], "header")
     name = bytes(data[_HEAD.size : table])
+    sections = tuple(Section(*entry) for entry in _SECTION.iter_unpack(data[table:end]))
+    return _header(LONG, name, colour, width, height, quality, sections, end + _CRC.size, limits)
+
+
+def _parse_short(data: bytes, limits: Limits) -> Header:
+    """data: what a file of version 2 begins with, as much as a header may take."""
+    place = len(MAGIC) + 1
+
+    def take(count: int) -> bytes:
+        nonlocal place
+        place += count
+        if place > len(data):
+            raise CorruptError(f"file ends after {len(data)} bytes, inside its header; it was cut short")
+        return data[place - count : place]
+
+    def varint() -> int:
+        value = 0
+        for shift in range(0, 35, 7):
+            (byte,) = take(1)
+            value |= (byte & 127) << shift
+            if byte < 128 and value < 1 << 32 and (byte or not shift):
+                return value
+            if byte < 128:
+                break
+        raise CorruptError(f"header is damaged: no encoder writes the number that ends at byte {place}")
+
+    colour = take(1)[0]
+    width, height, quality = varint(), varint(), varint()
+    count, length = take(2)
+    if count > FEW:
+        raise CorruptError(f"header is damaged: it says {count} sections; in version {SHORT} there are {FEW} at most")
+    name = take(length & ~_OF_FAMILY)
+    if length & _OF_FAMILY:
+        name = _FAMILY.encode() + name
+    elif name.startswith(_FAMILY.encode()):
+        raise CorruptError(f"header is damaged: it says model {name!r} in a way that no encoder writes")
+    sections = tuple(Section(take(1)[0], varint(), *_CRC.unpack(take(_CRC.size))) for _ in range(count))
+    end = place
+    _check(data[:end], _CRC.unpack(take(_CRC.size))[0], "header")
+    _check_count(count, limits)
+    return _header(SHORT, name, colour, width, height, quality, sections, place, limits)
+
+
+def _check_count(count: int, limits: Limits) -> None:
+    if count > limits.sections:
+        raise LimitError(f"file has {count} sections; the limit is {limits.sections} (Limits.sections)")
+
+
+def _header(
+    version: int,
+    name: bytes,
+    colour: int,
+    width: int,
+    height: int,
+    quality: int,
+    sections: tuple[Section, ...],
+    length: int,
+    limits: Limits,
+) -> Header:
+    """A header whose checksum is right, if it makes sense."""
     if not all(33 <= byte < 127 for byte in name):
         raise ContainerError(f"model id is {name!r}; expected visible ASCII characters")
     if not width or not height or quality > 10_000 or colour not in (GREY, RGB):
@@ -297,9 +393,17 @@ def _parse(read: Callable[[int, int], memoryview], limits: Limits) -> Header:
             f"header says {width}x{height} pixels of colour {colour} at quality {quality / 100}; no encoder writes that"
         )
     limits.check_side(width, height)
-    sections = tuple(Section(*entry) for entry in _SECTION.iter_unpack(data[table:end]))
     _check_kinds(Counter(section.kind for section in sections), bool(name))
-    return Header(version, name.decode("ascii"), colour, width, height, quality / 100, sections, end + _CRC.size)
+    return Header(version, name.decode("ascii"), colour, width, height, quality / 100, sections, length)
+
+
+def _varint(value: int) -> bytes:
+    """7 bits a byte, the lowest first; all bytes but the last have the highest bit set."""
+    found = bytearray()
+    while value >= 128:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
 
 
 def _check_kinds(kinds: Counter[int], has_model: bool) -> None:

@@ -292,7 +292,7 @@ class Codec:
         """A Code -> the bytes of a .hgc file. Raises `CodeError`, `UnknownModelError`."""
         model, _, symbols = self._walked(code)
         colour = container.GREY if code.grey else container.RGB
-        front = Front(model.id, colour, code.width, code.height, code.quality)
+        front = Front(model.id, colour, code.width, code.height, code.quality, model.short)
         return container.write(front, [(container.CODE, pack_tile(model, code.quality, s)) for s in symbols])
 
     def unpack(self, data: FileSource) -> Code:
@@ -417,7 +417,7 @@ class Codec:
 
     def _front(self, quality: float, picture: Picture | Strips) -> Front:
         colour = container.GREY if picture.grey else container.RGB
-        return Front(self.model, colour, picture.width, picture.height, quality)
+        return Front(self.model, colour, picture.width, picture.height, quality, self._model(self.model).short)
 
     def _analysed_bands(
         self,

@@ -166,7 +166,7 @@ class Model:
     lone_rest: whether it gets the others of the positions that are wanted alone, and of `ring` positions around them,
     at which a post-filter looks; nothing else around depends on them.
     colours: channels of the pictures, 3, or 1 for a model of grey ones. grey: id of the model for grey pictures,
-    or None.
+    or None. short: whether its files have short headers, see `container`.
 
     Raises `ModelError` whenever a file is missing or is not what the manifest says.
     """
@@ -195,6 +195,7 @@ class Model:
         self.tensors = tuple(TensorRule(**rule) for rule in manifest["code"])
         self.latent = self.tensors[0]
         self.halo = int(manifest["halo"])
+        self.short = manifest.get("format", 1) == 2
         self._sha256: dict[str, str] = dict(manifest["sha256"])
 
     @cached_property

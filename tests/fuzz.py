@@ -94,7 +94,8 @@ def parse(data: bytes) -> None:
     """Target: every byte of a .hgc file is looked at, but for what a model is needed."""
     with container.Reader(data, LIMITS) as reader:
         header = reader.header
-        front = Front(header.model, header.colour, header.width, header.height, header.quality)
+        short = header.version == container.SHORT
+        front = Front(header.model, header.colour, header.width, header.height, header.quality, short)
         assert front.pack(header.sections) == data[: header.length], "a header has one form only"
         for number, section in enumerate(header.sections):
             try:
@@ -238,7 +239,11 @@ def _files() -> Iterator[bytes]:
         loaded = replace(image.load(of), metadata=metadata or image.Metadata())
         return codec().encode(loaded, effort="fast", **settings)  # type: ignore[arg-type]
 
-    yield encoded(pixels(1, 1, 3), fallback=False)
+    for data in (encoded(pixels(1, 1, 3), fallback=False), encoded(pixels(20, 20, 4), _metadata(), fallback=False)):
+        for version in (container.LONG, container.SHORT):
+            if file := _File.take_apart(data):
+                file.version = version
+                yield file.put_together()
     yield encoded(pixels(33, 17), fallback=False, quality=20)
     yield encoded(pixels(20, 20, 4), fallback=False, quality=5)
     yield encoded(pixels(9, 10, 2), fallback=False, quality=90)
@@ -338,6 +343,8 @@ class _File:
     def take_apart(data: bytes) -> _File | None:
         if len(data) < 21 or data[:4] != container.MAGIC:
             return None
+        if data[4] == container.SHORT:
+            return _File._take_apart_short(data)
         version, colour, width, height, quality, count, length = struct.unpack_from("<BBIIHIB", data, 4)
         place = 21 + length
         table = []
@@ -353,7 +360,54 @@ class _File:
             place += size
         return _File(version, colour, width, height, quality, data[21 : 21 + length], sections, data[place:])
 
+    @staticmethod
+    def _take_apart_short(data: bytes) -> _File | None:
+        place = 6
+
+        def number() -> int:
+            nonlocal place
+            value, shift = 0, 0
+            while True:
+                value |= (data[place] & 127) << shift
+                place, shift = place + 1, shift + 7
+                if data[place - 1] < 128:
+                    return value & 0xFFFFFFFF  # what a long header can hold, too
+
+        try:
+            width, height, quality = number(), number(), number()
+            count, length = data[place : place + 2]
+            place += 2 + (length & 127)
+            model = (b"hourglass-" if length & 128 else b"") + data[place - (length & 127) : place]
+            table = []
+            for _ in range(count):
+                place += 1
+                table.append((data[place - 1], number()))
+                place += 4
+        except (IndexError, ValueError):
+            return None
+        place += 4
+        sections = []
+        for kind, size in table:
+            sections.append((kind, data[place : place + size]))
+            place += size
+        return _File(container.SHORT, data[5], width, height, quality & 0xFFFF, model, sections, data[place:])
+
+    def _put_together_short(self) -> bytes:
+        def number(value: int) -> bytes:
+            return (bytes([value & 127 | 128]) + number(value >> 7)) if value > 127 else bytes([value])
+
+        family = self.model.startswith(b"hourglass-")
+        model = self.model[10 * family :][:127]
+        head = container.MAGIC + bytes([container.SHORT, self.colour])
+        head += number(self.width) + number(self.height) + number(self.quality)
+        head += bytes([min(len(self.sections), 255), len(model) | family << 7]) + model
+        for kind, part in self.sections[:255]:
+            head += bytes([kind]) + number(len(part)) + struct.pack("<I", zlib.crc32(part))
+        return b"".join([head, struct.pack("<I", zlib.crc32(head)), *(part for _, part in self.sections), self.behind])
+
     def put_together(self) -> bytes:
+        if self.version == container.SHORT:
+            return self._put_together_short()
         model = self.model[:255]
         numbers = self.version, self.colour, self.width, self.height, self.quality, len(self.sections), len(model)
         head = container.MAGIC + struct.pack("<BBIIHIB", *numbers) + model
@@ -384,7 +438,7 @@ def _change_size(file: _File, rng: random.Random, _: _Mutate) -> None:
 def _change_field(file: _File, rng: random.Random, mutate: _Mutate) -> None:
     match rng.randrange(8):
         case 0:
-            file.version = rng.randrange(256)
+            file.version = rng.choice((container.LONG, container.SHORT, rng.randrange(256)))
         case 1:
             file.colour = rng.choice((0, 1, 1, 3, 3, 2, 4, 255))
         case 2:

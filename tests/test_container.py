@@ -6,6 +6,7 @@ import io
 import re
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,21 @@ def _example() -> bytes:
 
 @pytest.fixture(scope="module")
 def small(codec: Codec) -> bytes:
+    """With a long header, whatever its model has."""
     picture = image.read(HERE / "images" / "motocross.png")[:48, :64]
-    return codec.encode(picture, quality=30)
+    return _with_header(codec.encode(picture, quality=30), short=False)
+
+
+@pytest.fixture(scope="module", params=["long", "short"])
+def either(request: pytest.FixtureRequest, small: bytes) -> bytes:
+    """With a header of either version."""
+    return _with_header(small, short=request.param == "short")
+
+
+def _with_header(data: bytes, short: bool) -> bytes:
+    header, payloads = container.read(data)
+    front = Front(header.model, header.colour, header.width, header.height, header.quality, short)
+    return container.write(front, [(s.kind, bytes(part)) for s, part in zip(header.sections, payloads, strict=True)])
 
 
 def test_worked_example_decodes(codec: Codec) -> None:
@@ -93,19 +107,66 @@ def test_every_model_has_golden_files() -> None:
     assert {header.model for header in headers if not header.lossless} == {*runtime.model_ids()}
 
 
-def test_truncation_at_every_byte(small: bytes, codec: Codec) -> None:
-    for length in range(len(small)):
+def test_short_header(small: bytes, codec: Codec, tmp_path: Path) -> None:
+    """21 bytes less, and nothing else is different: not what it says, not what the file decodes to."""
+    short = _with_header(small, short=True)
+    assert short[:5] == b"\x89HGC\x02"
+    assert len(short) == len(small) - 21
+    before, header = read_header(small), read_header(short)
+    assert header == replace(before, version=2, length=before.length - 21)
+    assert read_header(short[: header.length]) == header
+    assert codec.unpack(short) == codec.unpack(small)
+    (tmp_path / "short.hgc").write_bytes(short)
+    assert np.array_equal(codec.decode(tmp_path / "short.hgc"), codec.decode(small))
+
+
+def test_many_sections_have_a_long_header() -> None:
+    sections = [(container.CODE, b"code")] * 9
+    for front in (Front("m", 1, 8, 8, 50, short=True), Front("m" * 128, 1, 8, 8, 50, short=True)):
+        data = container.write(front, sections if front.model == "m" else sections[:1])
+        assert data == container.write(replace(front, short=False), sections if front.model == "m" else sections[:1])
+    for model in ("m" * 127, "hourglass-" + "m" * 127, "hourglass-", "hourglass-hourglass-1"):
+        header, _ = container.read(container.write(Front(model, 1, 8, 8, 50, short=True), sections[:8]))
+        assert (header.version, header.model, len(header.sections)) == (2, model, 8)
+
+
+def _short(*parts: bytes) -> bytes:
+    """A file of version 2 with a right checksum; the code of its one section is missing."""
+    head = container.MAGIC + b"".join(parts)
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((b"\x88\x00", b"\x08", b"\x32", b"\x01\x01m"), "no encoder writes the number that ends at byte 8"),
+        ((b"\x80\x80\x80\x80\x10", b"\x08", b"\x32", b"\x01\x01m"), "the number that ends at byte 11"),
+        ((b"\x80\x80\x80\x80\x80\x01", b"\x08", b"\x32", b"\x01\x01m"), "the number that ends at byte 11"),
+        ((b"\x08", b"\x08", b"\x32", b"\x09\x01m"), "it says 9 sections; in version 2 there are 8 at most"),
+        ((b"\x08", b"\x08", b"\x32", b"\x01\x0bhourglass-1"), "in a way that no encoder writes"),
+        ((b"\x08", b"\x08", b"\x32", b"\x01\x7fm"), "inside its header; it was cut short"),
+    ],
+)
+def test_short_headers_that_no_encoder_writes(parts: tuple[bytes, ...], message: str) -> None:
+    right = _short(b"\x02\x03", b"\x08", b"\x08", b"\x32", b"\x01\x01m", b"\x01\x00", bytes(4))
+    assert read_header(right).model == "m"
+    with pytest.raises(errors.CorruptError, match=message):
+        read_header(_short(b"\x02\x03", *parts, b"\x01\x00", bytes(4)))
+
+
+def test_truncation_at_every_byte(either: bytes, codec: Codec) -> None:
+    for length in range(len(either)):
         with pytest.raises(errors.ContainerError):
-            codec.decode(small[:length])
+            codec.decode(either[:length])
     with pytest.raises(errors.CorruptError, match="appended"):
-        codec.decode(small + b"\0")
+        codec.decode(either + b"\0")
 
 
-def test_damage_of_every_byte(small: bytes, codec: Codec) -> None:
+def test_damage_of_every_byte(either: bytes, codec: Codec) -> None:
     """Every byte of the header, of each section and of each checksum: changed, it is noticed."""
-    for place in range(len(small)):
+    for place in range(len(either)):
         for change in (0x01, 0x80, 0xFF):
-            damaged = bytearray(small)
+            damaged = bytearray(either)
             damaged[place] ^= change
             with pytest.raises((errors.ContainerError, errors.LimitError)):  # a header may claim a million sections
                 codec.decode(damaged)
@@ -137,7 +198,7 @@ def _forged(data: bytes, **changes: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"version": b"\x07"}, errors.ContainerError, "format version 7; this release reads version 1"),
+        ({"version": b"\x07"}, errors.ContainerError, "format version 7; this release reads versions 1 and 2"),
         ({"width": bytes(4)}, errors.ContainerError, "0x48 pixels"),
         ({"quality": b"\xff\xff"}, errors.ContainerError, "quality 655.35"),
         ({"width": b"\0\0\0\x02"}, errors.LimitError, "limit is 16777216 a side"),
@@ -205,8 +266,12 @@ def test_metadata_is_bounded() -> None:
         container.inflate(lying, 1000)
 
 
-def test_a_file_written_piece_by_piece_is_the_same() -> None:
-    front, sections = Front("m", container.GREY, 8, 8, 50), [(container.ICC, b"profile"), (container.CODE, b"code")]
+@pytest.mark.parametrize("short", [False, True])
+def test_a_file_written_piece_by_piece_is_the_same(short: bool) -> None:
+    front, sections = (
+        Front("m", container.GREY, 8, 8, 50, short),
+        [(container.ICC, b"profile"), (container.CODE, b"code")],
+    )
     file = io.BytesIO()
     writer = container.Writer(file, front, 2)
     for kind, payload in sections:

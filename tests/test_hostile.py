@@ -290,13 +290,14 @@ _fronts = st.builds(
     width=_numbers,
     height=_numbers,
     quality=st.integers(0, 65535).map(lambda value: value / 100),
+    short=st.booleans(),
 )
 
 
 @settings(deadline=None, max_examples=300)
-@given(data=st.binary(max_size=200), magic=st.booleans())
-def test_any_bytes_are_refused(data: bytes, magic: bool) -> None:
-    data = container.MAGIC + bytes([container.VERSION]) + data if magic else data
+@given(data=st.binary(max_size=200), version=st.sampled_from((None, container.LONG, container.SHORT)))
+def test_any_bytes_are_refused(data: bytes, version: int | None) -> None:
+    data = container.MAGIC + bytes([version]) + data if version else data
     for read in (container.read, read_header, fuzz.codec().decode, fuzz.codec().unpack):
         with pytest.raises((errors.ContainerError, errors.LimitError)):
             read(data)
@@ -314,6 +315,7 @@ def test_any_sections_are_parsed_or_refused(front: Front, sections: list[tuple[i
             fuzz.codec().decode_picture(data, salvage=salvage)
         return
     assert (header.model, header.colour) == (front.model, front.colour)
+    assert header.version == (container.SHORT if front.is_short(len(sections)) else container.LONG)
     assert (header.width, header.height, header.quality) == (front.width, front.height, front.quality)
     assert [(section.kind, bytes(part)) for section, part in zip(header.sections, payloads, strict=True)] == sections
     try:

@@ -166,6 +166,7 @@ def export(
         np.savez_compressed(folder / "tables.npz", allow_pickle=False, **numbers)
         manifest: dict[str, Any] = {
             "id": model_id,
+            "format": 2,
             **facts,
             "code_shape": "each tensor: (channels, ceil(height / stride), ceil(width / stride)) int16",
             "quality": {"lowest": 0, "highest": 100, "step": 0.01},

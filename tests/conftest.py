@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +22,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hourglass.client import Client
-from hourglass.codec import Codec, metrics
+from hourglass.codec import Codec, metrics, runtime
 from hourglass.server.config import Config
 from hourglass.server.worker import Server
 
@@ -57,6 +59,22 @@ def parrots() -> Path:
 @pytest.fixture(scope="session")
 def codec() -> Codec:
     return Codec()
+
+
+@pytest.fixture
+def with_tiles(tmp_path: Path) -> Callable[..., Codec]:
+    """side, whole, threads -> a codec with a copy of the default model whose tiles have `side` pixels at most, and
+    pictures of up to `whole` are one."""
+
+    def made(side: int, whole: int = 0, threads: int | None = None) -> Codec:
+        copy = tmp_path / f"tiles-{side}-{whole}" / runtime.DEFAULT_MODEL
+        shutil.copytree(runtime.ZOO / runtime.DEFAULT_MODEL, copy)
+        manifest: dict[str, Any] = json.loads((copy / "manifest.json").read_text())
+        manifest["code"][2] |= {"stride": side, "whole": whole}
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        return Codec(zoo=copy.parent, threads=threads)
+
+    return made
 
 
 @contextmanager

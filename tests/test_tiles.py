@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,17 +25,6 @@ def large() -> NDArray[np.uint8]:
     """588 x 828 pixels: a photograph, mirrored, so that its only edges are its own."""
     photo = image.read(IMAGES / "parrots.png")
     return np.pad(photo, ((38, 38), (30, 30), (0, 0)), mode="reflect")
-
-
-def with_tiles(side: int, zoo: Path, whole: int = 0) -> Codec:
-    """The model with other tiles than its own, of `side` pixels at most, and pictures of up to `whole` in one; its copy
-    goes to `zoo`."""
-    shutil.copytree(runtime.ZOO / runtime.DEFAULT_MODEL, zoo / runtime.DEFAULT_MODEL)
-    path = zoo / runtime.DEFAULT_MODEL / "manifest.json"
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    manifest["code"][2] |= {"stride": side, "whole": whole}
-    path.write_text(json.dumps(manifest))
-    return Codec(zoo=zoo)
 
 
 @pytest.mark.parametrize("side", [64, 128, 512, 1024])
@@ -77,9 +64,9 @@ def test_large_picture(quality: float, large: NDArray[np.uint8], codec: Codec) -
     assert metrics.psnr(large, decoded) > 24 + quality / 10
 
 
-def test_small_pictures_are_one_tile(large: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_small_pictures_are_one_tile(large: NDArray[np.uint8], with_tiles: Callable[..., Codec]) -> None:
     """Up to `whole` pixels a side; from one more on as many as any other picture has."""
-    codec = with_tiles(128, tmp_path, whole=300)
+    codec = with_tiles(128, whole=300)
     for height, width, down, across in ((300, 300, 1, 1), (1, 300, 1, 1), (64, 301, 1, 3), (301, 40, 3, 1)):
         picture = large[:height, :width]
         data = codec.encode(picture, quality=30, fallback=False)
@@ -93,17 +80,17 @@ def test_small_pictures_are_one_tile(large: NDArray[np.uint8], tmp_path: Path) -
         part = codec.decode(data, region=(0, height // 2, width, 1))
         assert abs(part.astype(int) - decoded[height // 2 : height // 2 + 1]).max() <= 1
         assert metrics.psnr(picture, decoded) > 27
-    files = [coder.encode(large[:300, :300], quality=30) for coder in (codec, with_tiles(128, tmp_path / "tiled"))]
+    files = [coder.encode(large[:300, :300], quality=30) for coder in (codec, with_tiles(128))]
     assert len(files[0]) < len(files[1]) - 8 * 18  # of each tile but one its entry in the header and the checksum
 
 
-def test_no_seams(large: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_no_seams(large: NDArray[np.uint8], with_tiles: Callable[..., Codec]) -> None:
     """Beside the borders of tiles a picture is as good as one that was coded whole, to 0.05 dB.
 
     On average over qualities: at each of them other symbols are chosen there, which is worth some 0.05 dB up or down.
     Tiles smaller than those of the model, because along a single border chance is stronger than a seam would be.
     """
-    tiled, whole = with_tiles(SIDE // 2, tmp_path / "tiled"), with_tiles(4 * SIDE, tmp_path / "whole")
+    tiled, whole = with_tiles(SIDE // 2), with_tiles(4 * SIDE)
     grid = Grid(large.shape[1], large.shape[0], SIDE // 2)
     assert (grid.across, grid.down) == (4, 3)
     rows, columns = (

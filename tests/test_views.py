@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -264,21 +263,13 @@ def test_by_rows_is_as_in_memory(grey: bool, large: Picture, codec: Codec, tmp_p
         small.decode(out.getvalue())
 
 
-def small_tiles(codec: Codec, folder: Path) -> Path:
-    """A folder of models with the codec's own, whose tiles are 64 pixels a side here."""
-    zoo = folder / "zoo"
-    shutil.copytree(ZOO / codec.model, zoo / codec.model)
-    manifest = json.loads((zoo / codec.model / "manifest.json").read_text())
-    manifest["code"][2]["stride"] = 64
-    (zoo / codec.model / "manifest.json").write_text(json.dumps(manifest))
-    return zoo
-
-
-def test_best_by_rows_is_as_in_memory(codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_by_rows_is_as_in_memory(
+    with_tiles: Callable[..., Codec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The search looks at more of what is around a tile than the transforms do, and sees the same of it."""
     for steps in ("_ANNEALED", "_TURNS", "_MOVES"):  # a few of each look at it as many do
         monkeypatch.setattr(quantise, steps, 4)
-    small = Codec(zoo=small_tiles(codec, tmp_path), threads=1)
+    small = with_tiles(64, threads=1)
     path = tmp_path / "column.ppm"
     path.write_bytes(image.write(image.read(IMAGES / "parrots.png")[:, 300:380], "PPM"))
     out = io.BytesIO()
@@ -289,14 +280,14 @@ def test_best_by_rows_is_as_in_memory(codec: Codec, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("suffix", ["tif", "png"])
-def test_a_very_wide_picture_by_parts_and_rows(suffix: str, codec: Codec, tmp_path: Path) -> None:
+def test_a_very_wide_picture_by_parts_and_rows(suffix: str, with_tiles: Callable[..., Codec], tmp_path: Path) -> None:
     """More tiles across than are worked on at a time: the same bytes and pixels as in memory, two rows of tiles."""
     if suffix == "png":
         pytest.importorskip("pyvips")
     row = np.tile(image.read(IMAGES / "parrots.png")[:34], (1, 6, 1))
     path = tmp_path / f"wide.{suffix}"
     path.write_bytes(image.write(row, image.format_of(path)))
-    small = Codec(zoo=small_tiles(codec, tmp_path))  # 72 across
+    small = with_tiles(64)  # 72 across
     tall = np.concatenate([row, row[::-1]])  # 68 rows: the second row of tiles has four
     path.write_bytes(image.write(tall, image.format_of(path)))
     out = io.BytesIO()

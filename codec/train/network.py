@@ -80,9 +80,8 @@ class Shape:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Shape:
         # What was so before there was a choice.
-        before: dict[str, Any] = {"bytewise": False, "filters": (), "centred": False, "post": 0, "posts": 1}
-        before["shifted"] = False
-        values = before | values
+        before: dict[str, Any] = {"bytewise": False, "filters": (), "centred": False, "shifted": False}
+        values = before | {"post": 0, "posts": 1} | values
         for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden", "filters"):
             values[key] = tuple(values[key])
         return Shape(**values)

@@ -325,9 +325,9 @@ def _parse(read: Callable[[int, int], memoryview], limits: Limits) -> Header:
     if len(data) < end + _CRC.size:
         raise CorruptError(f"file ends after {len(data)} bytes, inside its header; it was cut short")
     _check(data[:end], _CRC.unpack_from(data, end)[0], "header")
-    name = bytes(data[_HEAD.size : table])
+    name = bytes(data[_HEAD.size : table]).decode("latin-1")
     sections = tuple(Section(*entry) for entry in _SECTION.iter_unpack(data[table:end]))
-    return _header(LONG, name, colour, width, height, quality, sections, end + _CRC.size, limits)
+    return _sound(Header(LONG, name, colour, width, height, quality / 100, sections, end + _CRC.size), limits)
 
 
 def _parse_short(data: bytes, limits: Limits) -> Header:
@@ -357,16 +357,16 @@ def _parse_short(data: bytes, limits: Limits) -> Header:
     count, length = take(2)
     if count > FEW:
         raise CorruptError(f"header is damaged: it says {count} sections; in version {SHORT} there are {FEW} at most")
-    name = take(length & ~_OF_FAMILY)
+    name = take(length & ~_OF_FAMILY).decode("latin-1")
     if length & _OF_FAMILY:
-        name = _FAMILY.encode() + name
-    elif name.startswith(_FAMILY.encode()):
+        name = _FAMILY + name
+    elif name.startswith(_FAMILY):
         raise CorruptError(f"header is damaged: it says model {name!r} in a way that no encoder writes")
     sections = tuple(Section(take(1)[0], varint(), *_CRC.unpack(take(_CRC.size))) for _ in range(count))
     end = place
     _check(data[:end], _CRC.unpack(take(_CRC.size))[0], "header")
     _check_count(count, limits)
-    return _header(SHORT, name, colour, width, height, quality, sections, place, limits)
+    return _sound(Header(SHORT, name, colour, width, height, quality / 100, sections, place), limits)
 
 
 def _check_count(count: int, limits: Limits) -> None:
@@ -374,27 +374,18 @@ def _check_count(count: int, limits: Limits) -> None:
         raise LimitError(f"file has {count} sections; the limit is {limits.sections} (Limits.sections)")
 
 
-def _header(
-    version: int,
-    name: bytes,
-    colour: int,
-    width: int,
-    height: int,
-    quality: int,
-    sections: tuple[Section, ...],
-    length: int,
-    limits: Limits,
-) -> Header:
+def _sound(header: Header, limits: Limits) -> Header:
     """A header whose checksum is right, if it makes sense."""
-    if not all(33 <= byte < 127 for byte in name):
-        raise ContainerError(f"model id is {name!r}; expected visible ASCII characters")
-    if not width or not height or quality > 10_000 or colour not in (GREY, RGB):
+    if not all("!" <= letter <= "~" for letter in header.model):
+        raise ContainerError(f"model id is {header.model!r}; expected visible ASCII characters")
+    if not header.width or not header.height or header.quality > 100 or header.colour not in (GREY, RGB):
         raise ContainerError(
-            f"header says {width}x{height} pixels of colour {colour} at quality {quality / 100}; no encoder writes that"
+            f"header says {header.width}x{header.height} pixels of colour {header.colour} at quality {header.quality}; "
+            "no encoder writes that"
         )
-    limits.check_side(width, height)
-    _check_kinds(Counter(section.kind for section in sections), bool(name))
-    return Header(version, name.decode("ascii"), colour, width, height, quality / 100, sections, length)
+    limits.check_side(header.width, header.height)
+    _check_kinds(Counter(section.kind for section in header.sections), bool(header.model))
+    return header
 
 
 def _varint(value: int) -> bytes:

@@ -62,8 +62,8 @@ STRIDE = 16
 PADDING = 64
 """Pixels a side that one position of the hyper-latent covers; pictures are padded to multiples of it."""
 
-_CORRECTED = 2
-"""The largest scale at which a post-filter is part of the graph that makes pixels."""
+_FILTERED = 2
+"""The largest scale at which a post-filter is part of the graph that makes pixels, where the manifest says nothing."""
 
 _HOPS = {"encoder.onnx": "analysis", "prior.onnx": "prior", "gradient.onnx": "quantisation"}
 """What running a graph is a part of, in `watch.HOPS`; all others make pixels."""
@@ -369,6 +369,7 @@ class Hyperprior(Model):
         self.core = int(network["core"]) // 4
         self.lone_rest = bool(manifest.get("lone_rest", False))
         self.ring = 1 if network.get("post") else 0
+        self._filtered = int(manifest.get("filtered", _FILTERED))
         self._anchors = int(network["anchors"])
         # 3x3 filters, one in each block at 1/16 and 1/8 resolution, and one more.
         fine, coarse = network["synthesis_blocks"]
@@ -525,7 +526,7 @@ class Hyperprior(Model):
             "rest": patch.rest,
             "keep": np.array(patch.keep, np.int64),
         }
-        if self.ring and scale <= _CORRECTED:
+        if self.ring and scale <= self._filtered:
             inputs["quality"] = self._hats(patch.quality)
         elif self.ring and patch.rest.shape[2:] != (1, 1):  # no filter looks at what is around
             (y0, y1, x0, x1), ring = patch.keep, self.ring

@@ -51,8 +51,11 @@ _SEEN = {2: 2, 4: 2, 8: 4}
 _NARROW = 96
 """Channels that a linear map makes of what a filter with many outputs sees."""
 
-_FILTERED = 2
-"""The scale of smaller pictures that have a post-filter."""
+FILTERED = (2, 4)
+"""The scales of smaller pictures that have post-filters."""
+
+_PASSES, _CROPS, _CROP, _RATE = 25, 8, 64, 6e-3
+"""How these learn: passes through the samples, crops in a step and their pixels a side, Adam's rate at first."""
 
 _Part: TypeAlias = BytewiseBlock | Filter
 """What adds to the trunk."""
@@ -114,7 +117,7 @@ class Reduced(nn.Module):
 
     In the place of all that adds to the trunk and of what follows `fit` puts one linear 3x3 filter. It sees the trunk
     and the bytes that the first of the filters and blocks have behind their depthwise layers; with many outputs a
-    linear map of these to fewer channels. posts: the post-filters, if there are any here, with other last layers.
+    linear map of these to fewer channels. posts: the post-filters, if there are any here, which learn a little more.
     """
 
     def __init__(self, synthesis: Synthesis, scale: int) -> None:
@@ -126,7 +129,7 @@ class Reduced(nn.Module):
         narrow = min(_NARROW, inputs)
         self.narrow = nn.Conv2d(inputs, narrow, 1, bias=False) if samples >= _FEW else None
         self.head = nn.Conv2d(narrow if self.narrow else inputs, samples, 3)
-        self.posts = copy.deepcopy(synthesis.posts) if scale == _FILTERED else nn.ModuleList()
+        self.posts = copy.deepcopy(synthesis.posts) if scale in FILTERED else nn.ModuleList()
 
     def features(self, core: Tensor) -> Tensor:
         """core (1, c, h, w) -> the trunk and the bytes, (1, (1 + n) t, 2 h, 2 w)."""
@@ -145,10 +148,10 @@ class Reduced(nn.Module):
     @torch.no_grad()
     def fit(self, samples: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Make the filter the one with the least squared error from the means of what the synthesis makes of
-        dequantised latents, each (1, C, h, w) with the `hats` of its quality, (1, anchors); then the post-filters."""
-        samples = samples[:: len(self.seen)]  # a filter that sees more takes longer with each
+        dequantised latents, each (1, C, h, w) with the `hats` of its quality, (1, anchors); then the post-filters.
+        """
         pairs = []
-        for latent, _ in samples:
+        for latent, _ in samples[:: 3 * len(self.seen)]:  # a filter that sees more takes longer with each
             core, _ = unweave(latent, self.synthesis.core)
             wanted = F.avg_pool2d(F.pixel_shuffle(self.synthesis.core_to_depth(core), 8), self.scale)
             pairs.append((self.features(core), F.pixel_unshuffle(wanted, self.side)[0][by_row(self.side)].flatten(1)))
@@ -156,34 +159,48 @@ class Reduced(nn.Module):
         if self.narrow:
             self.narrow.weight.copy_(_directions(solved, [x for x, _ in pairs], len(self.narrow.weight)))
             solved = self._solve([(self.narrow(x), wanted) for x, wanted in pairs])
-        self._take(self.head, solved)
+        assert self.head.bias is not None
+        self.head.weight.copy_(solved[:, :-1].reshape(self.head.weight.shape))
+        self.head.bias.copy_(solved[:, -1])
         for number, post in enumerate(self.posts):
             assert isinstance(post, PostFilter)
-            corrections = []
             own = [sample for sample in samples if int(post_of(sample[1], len(self.posts))) == number]
-            for latent, weights in own or samples:
-                levels = self(latent)
-                active, gain = post.active(levels, weights)
-                wanted = F.avg_pool2d(255 * self.synthesis(latent, weights), self.scale) - levels
-                corrections.append((active, F.pixel_unshuffle(wanted, 2)[0].flatten(1) / gain.flatten()))
-            self._take(post.last, self._solve(corrections, border=0))
+            self._learn(post, own or samples)
+
+    @torch.enable_grad()
+    def _learn(self, post: PostFilter, samples: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Adam, its rate falling as a cosine, on the squared error from the means of the full picture."""
+        with torch.no_grad():
+            levels = [self(latent) for latent, _ in samples]
+            wanted = [F.avg_pool2d(255 * self.synthesis(latent, weights), self.scale) for latent, weights in samples]
+        side = min(_CROP, *(min(x.shape[2:]) // 2 * 2 for x in levels))
+        steps = max(1, _PASSES * len(samples))
+        optimiser = torch.optim.Adam(post.requires_grad_(True).parameters(), lr=_RATE, betas=(0.9, 0.98))
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(steps):
+            chosen = torch.randint(len(samples), (_CROPS,), generator=generator).tolist()
+            crops = []
+            for number in chosen:
+                both = torch.cat([levels[number], wanted[number]])
+                y, x = (int(torch.randint((size - side) // 2 + 1, (), generator=generator)) for size in both.shape[2:])
+                crops.append(both[:, :, 2 * y : 2 * y + side, 2 * x : 2 * x + side])
+            seen, aim = torch.stack(crops, 1)
+            error = seen + post(seen, torch.cat([samples[number][1] for number in chosen])) - aim
+            optimiser.zero_grad()
+            error.square().mean().backward()
+            optimiser.step()
+            falling.step()
+        post.requires_grad_(False)
 
     @staticmethod
-    def _take(layer: nn.Conv2d, solved: Tensor) -> None:
-        assert layer.bias is not None
-        layer.weight.copy_(solved[:, :-1].reshape(layer.weight.shape))
-        layer.bias.copy_(solved[:, -1])
-
-    @staticmethod
-    def _solve(pairs: list[tuple[Tensor, Tensor]], border: int = 1) -> Tensor:
-        """(samples, 9 C + 1): the 3x3 filter, and its bias, from (1, C, h, w) to (samples, h w).
-
-        border: positions around that repeat the edge.
-        """
+    def _solve(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """(samples, 9 C + 1): the 3x3 filter, and its bias, from (1, C, h, w), whose edge is repeated, to
+        (samples, h w)."""
         inputs, outputs = 9 * pairs[0][0].shape[1] + 1, len(pairs[0][1])
         squares, products = torch.zeros(inputs, inputs).double(), torch.zeros(inputs, outputs).double()
         for x, wanted in pairs:
-            a = F.unfold(F.pad(x, (border,) * 4, mode="replicate"), 3)[0].double()
+            a = F.unfold(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3)[0].double()
             a = torch.cat([a, torch.ones_like(a[:1])])
             squares += a @ a.T
             products += a @ wanted.double().T

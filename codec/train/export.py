@@ -32,6 +32,7 @@ from hourglass.codec.runtime import PADDING, STRIDE, Hyperprior, Model, open_mod
 from hourglass.codec.train import graphs
 from hourglass.codec.train.classic import Classic
 from hourglass.codec.train.data import Pieces, grey_of
+from hourglass.codec.train.decoders import FILTERED
 from hourglass.codec.train.loop import Network, network_of, read, shape_of
 from hourglass.codec.train.network import FactorisedPrior, Gains, Hourglass, hats
 from hourglass.codec.train.prior import LADDER, OCTAVE, bits_of
@@ -203,6 +204,7 @@ def _facts(net: Hourglass, folder: Path) -> dict[str, Any]:
         "halo": HALO,
         "edge": STRIDE,
         "lone_rest": True,
+        "filtered": max(FILTERED),
         "widths": net.widths,
         "exactness": exactness.bounds((folder / "prior.onnx").read_bytes()),
     }
@@ -221,7 +223,7 @@ def _classic_facts(net: Classic, grey: str | None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def dequantised(net: Hourglass, pieces: Pieces, count: int = 150) -> list[tuple[Tensor, Tensor]]:
+def dequantised(net: Hourglass, pieces: Pieces, count: int = 450) -> list[tuple[Tensor, Tensor]]:
     """What the synthesis gets, (1, C, h, w) and `hats` (1, anchors) each, of pieces at qualities from everywhere."""
     found = []
     for number in torch.linspace(0, len(pieces) - 1, min(count, len(pieces))).long().tolist():

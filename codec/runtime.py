@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent / "zoo"
 """The models that ship with the package."""
 
-DEFAULT_MODEL = "hourglass-11"
+DEFAULT_MODEL = "hourglass-12"
 
 # Since 1.29 onnxruntime tells its maker, on Linux too, which models it runs, unless this is set before it loads.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

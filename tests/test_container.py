@@ -85,7 +85,7 @@ def test_header_says_what_was_encoded(codec: Codec) -> None:
     data = codec.encode(picture, quality=12.34)
     header = read_header(data)
     assert (header.width, header.height, header.quality) == (240, 320, 12.34)
-    assert (header.version, header.model, header.colour) == (1, codec.model, container.RGB)
+    assert (header.version, header.model, header.colour) == (2, codec.model, container.RGB)
     assert not header.lossless
     assert [section.kind for section in header.sections] == [container.CODE]
     assert header.length + sum(section.length for section in header.sections) == len(data)

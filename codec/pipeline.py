@@ -685,7 +685,7 @@ def _stored(picture: Picture, thorough: bool) -> bytes:
     colour = container.GREY if picture.grey else container.RGB
     payload = lossless.pack(picture.colour, picture.alpha, thorough)
     sections = [*_metadata_sections(picture.metadata), (container.LOSSLESS, payload)]
-    return container.write(Front("", colour, picture.width, picture.height, 100), sections)
+    return container.write(Front("", colour, picture.width, picture.height, 100, short=True), sections)
 
 
 def _code(model: runtime.Model, quality: float, grid: Grid, grey: bool, symbols: list[Symbols]) -> Code:

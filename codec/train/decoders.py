@@ -171,9 +171,11 @@ class Reduced(nn.Module):
     def _learn(self, post: PostFilter, samples: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Adam, its rate falling as a cosine, on the squared error from the means of the full picture."""
         with torch.no_grad():
-            levels = [self(latent) for latent, _ in samples]
-            wanted = [F.avg_pool2d(255 * self.synthesis(latent, weights), self.scale) for latent, weights in samples]
-        side = min(_CROP, *(min(x.shape[2:]) // 2 * 2 for x in levels))
+            pairs = [
+                torch.cat([self(latent), F.avg_pool2d(255 * self.synthesis(latent, weights), self.scale)])
+                for latent, weights in samples
+            ]
+        side = min(_CROP, *(min(pair.shape[2:]) // 2 * 2 for pair in pairs))
         steps = max(1, _PASSES * len(samples))
         optimiser = torch.optim.Adam(post.requires_grad_(True).parameters(), lr=_RATE, betas=(0.9, 0.98))
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
@@ -182,9 +184,9 @@ class Reduced(nn.Module):
             chosen = torch.randint(len(samples), (_CROPS,), generator=generator).tolist()
             crops = []
             for number in chosen:
-                both = torch.cat([levels[number], wanted[number]])
-                y, x = (int(torch.randint((size - side) // 2 + 1, (), generator=generator)) for size in both.shape[2:])
-                crops.append(both[:, :, 2 * y : 2 * y + side, 2 * x : 2 * x + side])
+                pair = pairs[number]
+                y, x = (int(torch.randint((size - side) // 2 + 1, (), generator=generator)) for size in pair.shape[2:])
+                crops.append(pair[:, :, 2 * y : 2 * y + side, 2 * x : 2 * x + side])
             seen, aim = torch.stack(crops, 1)
             error = seen + post(seen, torch.cat([samples[number][1] for number in chosen])) - aim
             optimiser.zero_grad()

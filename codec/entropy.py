@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TypeAlias
 
 import constriction
 import numpy as np
@@ -94,7 +93,7 @@ class Encoder:
         if np.count_nonzero(flat) and flat[tables.sure_zero[index.reshape(-1)]].any():
             raise ValueError("a symbol whose table is a sure zero is not 0")
         outside = []
-        order, _, _, groups = _grouped(index, tables)
+        order, groups = _grouped(index, tables)
         values = flat[order].astype(np.int32)
         for table, members in groups:
             entries = tables.start[table + 1] - tables.start[table] - 1
@@ -129,20 +128,24 @@ class Decoder:
     def get(self, index: NDArray[np.uint8]) -> NDArray[np.int16]:
         """The next symbols, int16 of the shape of `index`."""
         tables = self._tables
-        order, used, counts, groups = _grouped(index, tables)
-        entries = np.zeros(len(order), np.int32)
+        order, groups = _grouped(index, tables)
+        flat = np.zeros(index.size, np.int16)
+        if not groups:
+            return flat.reshape(index.shape)
+        coded = np.concatenate([order[members] for _, members in groups])
+        used = np.array([table for table, _ in groups])
+        counts = [members.stop - members.start for _, members in groups]
         try:
-            for table, members in groups:
-                entries[members] = self._coder.decode(tables.model(table), members.stop - members.start)
+            runs = map(self._coder.decode, map(tables.model, used.tolist()), counts)
+            entries = np.concatenate(list(runs))
             escaped = np.flatnonzero(entries == np.repeat(tables.escapes[used], counts))
-            entries += np.repeat(np.where(tables.sure_zero[used], 0, tables.first[used]), counts)
+            entries += np.repeat(tables.first[used], counts)
             values = entries.astype(np.int16)
             if len(escaped):
-                _decode_escapes(self._coder, values, escaped, index.reshape(-1)[order[escaped]], tables)
+                _decode_escapes(self._coder, values, escaped, index.reshape(-1)[coded[escaped]], tables)
         except AssertionError as exc:  # what constriction raises when the bits fit no symbol
             raise CorruptError(f"entropy-coded data is invalid: {exc}") from exc
-        flat = np.empty(index.size, np.int16)
-        flat[order] = values
+        flat[coded] = values
         return flat.reshape(index.shape)
 
     def finish(self) -> None:
@@ -163,7 +166,7 @@ def count(
     symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables
 ) -> Iterator[tuple[int, NDArray[np.intp]]]:
     """(table, how often each of its entries comes) for each table in use, ascending; sure zeros left out."""
-    order, _, _, groups = _grouped(index, tables)
+    order, groups = _grouped(index, tables)
     values = symbols.reshape(-1)[order].astype(np.int64)
     for table, members in groups:
         entries = len(tables.frequencies_of(table))
@@ -172,22 +175,16 @@ def count(
         yield table, np.bincount(entry, minlength=entries)
 
 
-_Groups: TypeAlias = tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp], list[tuple[int, slice]]]
-
-
-def _grouped(index: NDArray[np.uint8], tables: Tables) -> _Groups:
-    """Symbols by table: their places in flat order, those of one table behind those of another, ascending; the tables
-    in use and how many symbols each has; and for each of them that codes something which of the places are its.
+def _grouped(index: NDArray[np.uint8], tables: Tables) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
+    """Symbols by table: their places in flat order, those of one table behind those of another, ascending; and for each
+    table in use that codes something which of the places are its symbols'.
     """
     flat = index.reshape(-1)
     order = np.argsort(flat, kind="stable")  # a radix sort for uint8
-    counts = np.bincount(flat, minlength=len(tables))
-    used = np.flatnonzero(counts)
-    counts = counts[used]
-    ends = np.cumsum(counts).tolist()
-    groups = zip(used.tolist(), pairwise([0, *ends]), strict=True)
+    ends = np.searchsorted(flat[order], np.arange(len(tables)), "right").tolist()
+    groups = enumerate(pairwise([0, *ends]))
     sure = tables.sure_zero
-    return order, used, counts, [(table, slice(begin, end)) for table, (begin, end) in groups if not sure[table]]
+    return order, [(table, slice(begin, end)) for table, (begin, end) in groups if begin < end and not sure[table]]
 
 
 def _encode_gamma(coder: constriction.stream.queue.RangeEncoder, distance: NDArray[np.int32]) -> None:

@@ -155,7 +155,7 @@ def _shift(symbols: NDArray[np.int16], level: NDArray[np.uint8], centroids: NDAr
     which = np.clip(symbols, -(count // 2), count // 2)
     which += level * np.int16(count)
     which += np.int16(count // 2)
-    return np.take(centroids, which)
+    return centroids.reshape(-1).take(which, mode="clip")  # never clipped: the faster way to look up
 
 
 def known_of(fine: NDArray[np.int32], unit: NDArray[np.float32]) -> NDArray[np.float32]:

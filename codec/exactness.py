@@ -70,7 +70,7 @@ class _Value:
 
 
 _INPUTS = {
-    "step": _Value(3),
+    "step": _Value(4),
     "width": _Value(15),
     "z": _Value(32768),
     "features_before": _Value(FEATURES),

@@ -4,9 +4,10 @@ see the same integers.
 Of a classic model a tile has one part, the symbols of y, each channel with its table; and where it has a location map
 a second, the locations of those that are not 0.
 
-Of a hyperprior model the hyper-latent z comes first, then the latent in four steps. Its channels form four groups
-(quarters, in order), its positions four phases (2 * parity of the row + parity of the column); at phase p, step k codes
-group k XOR p. The elements of one step are an array (c, h/2, w/2) phase by phase.
+Of a hyperprior model the hyper-latent z comes first, of some models in two parts: the positions of one colour of a
+chessboard, which say what to expect at those of the other. Then comes the latent, in four steps. Its channels form
+four groups (quarters, in order), its positions four phases (2 * parity of the row + parity of the column); at phase p,
+step k codes group k XOR p. The elements of one step are an array (c, h/2, w/2) phase by phase.
 
 Channels that are strong come first in each quarter. Of a tile where the last ones of each are all zero only the first
 n channels of each quarter are worked on, c = 4 n in all; the others have symbols and means of zero.
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hourglass.codec.errors import ModelError
-from hourglass.codec.runtime import Classic, Hyperprior, Model
+from hourglass.codec.runtime import Classic, Hyperprior, Model, Units
 from hourglass.codec.watch import hop
 
 _Number = TypeVar("_Number", bound=np.generic)
@@ -41,16 +42,20 @@ class Part:
     """Some symbols of a tile and how they are coded.
 
     name: of the code tensor that they belong to. tables: for each symbol. mean: in 1/FINE symbols what was subtracted
-    before rounding, or None for nothing. step: of those that code the tensor.
+    before rounding, or None for nothing. step: of those that code the tensor. where: (h, w), positions that are coded,
+    in raster order, (C, n) in all.
     """
 
     name: str
     tables: NDArray[np.uint8]
     mean: NDArray[np.int16] | None = None
     step: int | None = None
+    where: NDArray[np.bool_] | None = None
 
     def of(self, whole: NDArray[_Number]) -> NDArray[_Number]:
         """The elements of a tensor (C, h, w) that this part codes."""
+        if self.where is not None:
+            return whole[:, self.where]
         return whole if self.step is None else gather(whole, self.step)
 
 
@@ -69,10 +74,10 @@ def walk(
     takes before the inverse gain: (c, h, w) float32 in 1/FINE symbols, exact, with positions that pad the picture.
     """
     if isinstance(model, Hyperprior):
-        shape = model.hyper.shape(width, height)
-        z = choose(Part("z", np.broadcast_to(model.hyper_tables(quality)[:, None, None], shape)))
+        units = model.units(quality, index)
+        z, known = _hyper(model, quality, model.hyper.shape(width, height), units, choose)
         _, rows, columns = model.latent.shape(width, height)
-        y, latent = _steps(model, quality, z, rows, columns, index, choose)
+        y, latent = _steps(model, known, rows, columns, model.widths[index], units, choose)
         return {"y": y, "z": z}, latent
     if not isinstance(model, Classic):
         raise ModelError(f"model {model.id!r} is of no family that this release knows; upgrade")
@@ -114,17 +119,51 @@ def first_of_latent(
     raise AssertionError(f"model {model.id!r} codes no latent")
 
 
+def later(rows: int, columns: int) -> NDArray[np.bool_]:
+    """(rows, columns): the positions of a chessboard's second colour; the first corner has the first."""
+    places: NDArray[np.bool_] = np.add.outer(np.arange(rows), np.arange(columns)) % 2 == 1
+    return places
+
+
+def _hyper(
+    model: Hyperprior, quality: float, shape: tuple[int, int, int], units: Units, choose: Choose
+) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+    """The hyper-latent (Z, h, w): its symbols, and what the steps get to know of it.
+
+    That are the symbols; where the model has a context for them, what they stand for in 1/FINE symbols.
+    """
+    tables = np.broadcast_to(model.hyper_tables(quality)[:, None, None], shape)
+    if not model.contextual:
+        z = choose(Part("z", tables))
+        return z, z
+    symbols, known = np.empty(shape, np.int16), np.zeros(shape, np.int16)
+    second = later(*shape[1:])
+    symbols[:, ~second] = choose(Part("z", tables[:, ~second], where=~second))
+    known[:, ~second] = _fine(symbols[:, ~second])
+    if second.any():
+        level, mean = model.expect(known, units)
+        level, mean = level[:, second], mean[:, second]
+        symbols[:, second] = choose(Part("z", np.take(model.level_tables, level), mean, where=second))
+        known[:, second] = _fine(symbols[:, second], mean)
+    return symbols, known
+
+
+def _fine(symbols: NDArray[np.int16], mean: NDArray[np.int16] | int = 0) -> NDArray[np.int32]:
+    """Symbols and their means in 1/FINE symbols, clipped to what int16 holds."""
+    fine: NDArray[np.int32] = symbols.astype(np.int32) * FINE + mean
+    return np.clip(fine, -32767, 32767, out=fine)
+
+
 def _steps(
-    model: Hyperprior, quality: float, z: NDArray[np.int16], rows: int, columns: int, width: int, choose: Choose
+    model: Hyperprior, z: NDArray[np.int16], rows: int, columns: int, width: int, units: Units, choose: Choose
 ) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
     """Run the prior step by step.
 
-    z: symbols of the hyper-latent (Z, h, w). rows, columns: of the latent that are coded; those behind them, up to 4 h
-    and 4 w, have symbols 0 and are worth their means. width: index into `model.widths`. Returns the symbols
+    z: what is known of the hyper-latent (Z, h, w). rows, columns: of the latent that are coded; those behind them, up
+    to 4 h and 4 w, have symbols 0 and are worth their means. width: channels of each quarter. Returns the symbols
     (c, rows, columns) and the dequantised latent times gain in 1/FINE symbols (c, 4 h, 4 w) float32, exact.
     """
-    units = model.units(quality, width)
-    channels = 4 * model.widths[width]
+    channels = 4 * width
     shape = (channels, 4 * z.shape[1], 4 * z.shape[2])
     symbols = np.empty(shape, np.int16)
     known = np.zeros(shape, np.int16)

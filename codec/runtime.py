@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 ZOO = Path(__file__).parent / "zoo"
 """The models that ship with the package."""
 
+HYPER_STEP = 4
+"""What prior.onnx calls the step for the hyper-latent, of a model where it has a context; 0 to 3 are the latent's."""
+
 DEFAULT_MODEL = "hourglass-12"
 
 # Since 1.29 onnxruntime tells its maker, on Linux too, which models it runs, unless this is set before it loads.
@@ -101,12 +104,15 @@ class TensorRule:
 class Units:
     """Inputs of prior.onnx that depend on quality and width; integers, or integers of 9 bits times powers of two.
 
-    known_unit: for `known_of`. mean_unit, level_offset, known_unit: for each step in its order.
+    known_unit: for `known_of`. mean_unit, level_offset, known_unit: for each step in its order. hyper_mean_unit,
+    hyper_level_offset: for the hyper-latent, of a model that is `contextual`.
     """
 
     width: NDArray[np.int64]
     quality: NDArray[np.float32]
     hyper_unit: NDArray[np.float32]
+    hyper_mean_unit: NDArray[np.float32]
+    hyper_level_offset: NDArray[np.float32]
     known_unit: list[NDArray[np.float32]]
     mean_unit: list[NDArray[np.float32]]
     level_offset: list[NDArray[np.float32]]
@@ -353,7 +359,8 @@ class Model:
 class Hyperprior(Model):
     """Mean and scale of each symbol come from prior.onnx, out of a hyper-latent z and what is known of the latent y.
 
-    Further files: prior.onnx, gradient.onnx, reduced-2.onnx, -4 and -8.
+    Further files: prior.onnx, gradient.onnx, reduced-2.onnx, -4 and -8. contextual: a half of the hyper-latent has a
+    mean and a scale, too, out of the other half.
     """
 
     padding = PADDING
@@ -370,6 +377,7 @@ class Hyperprior(Model):
         self.lone_rest = bool(manifest.get("lone_rest", False))
         self.ring = 1 if network.get("post") else 0
         self._filtered = int(manifest.get("filtered", _FILTERED))
+        self.contextual = bool(network.get("contextual"))
         self._anchors = int(network["anchors"])
         # 3x3 filters, one in each block at 1/16 and 1/8 resolution, and one more.
         fine, coarse = network["synthesis_blocks"]
@@ -429,7 +437,9 @@ class Hyperprior(Model):
         return Units(
             width=np.array(width, np.int64),
             quality=weights.reshape(1, -1, 1, 1),
-            hyper_unit=self._power(-per_hyper, 5),
+            hyper_unit=self._power(-per_hyper, 1 if self.contextual else 5),
+            hyper_mean_unit=self._power(per_hyper, -5),
+            hyper_level_offset=(6 * per_hyper + 5120).astype(np.float32)[:, None, None],
             known_unit=[self._power(-order, 2) for order in orders],
             mean_unit=[self._power(order, -5) for order in orders],
             level_offset=[(6 * scale + 5120).astype(np.float32)[:, None, None] for scale in scales],
@@ -461,9 +471,33 @@ class Hyperprior(Model):
     ) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.float32]]:
         """One step of the prior: levels uint8 and means int16 in 1/16 symbols, both (c, h/2, w/2), phase by phase.
 
-        z: hyper-latent (Z, h/4, w/4). known: latent so far in the prior's units (c, h, w), 0 where unknown, c = 4 times
-        the width of `units`. features: what step 0 gives as its third result; `no_features` at step 0.
+        z: hyper-latent (Z, h/4, w/4), its symbols or, of a `contextual` model, 1/16 of these. known: latent so far in
+        the prior's units (c, h, w), 0 where unknown, c = 4 times the width of `units`. features: what step 0 gives as
+        its third result; `no_features` at step 0.
         """
+        return self._prior(step, z, known, features, units, units.mean_unit[step], units.level_offset[step])
+
+    def expect(self, known: NDArray[np.int16], units: Units) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+        """Of a `contextual` model, levels uint8 and means int16 in 1/16 symbols of the hyper-latent, both (Z, h, w), of
+        use where nothing is known of it.
+
+        known: hyper-latent so far in 1/16 symbols (Z, h, w), 0 where unknown.
+        """
+        nothing = np.zeros((len(known), 1, 1), np.int16)
+        of_hyper = units.hyper_mean_unit, units.hyper_level_offset
+        level, mean, _ = self._prior(HYPER_STEP, known, nothing, self.no_features, units, *of_hyper)
+        return level, mean
+
+    def _prior(
+        self,
+        step: int,
+        z: NDArray[np.int16],
+        known: NDArray[np.int16],
+        features: NDArray[np.float32],
+        units: Units,
+        mean_unit: NDArray[np.float32],
+        level_offset: NDArray[np.float32],
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.float32]]:
         inputs: dict[str, NDArray[Any]] = {
             "step": np.array(step, np.int64),
             "width": units.width,
@@ -472,8 +506,8 @@ class Hyperprior(Model):
             "features_before": features,
             "quality": units.quality,
             "hyper_unit": units.hyper_unit,
-            "mean_unit": units.mean_unit[step],
-            "level_offset": units.level_offset[step],
+            "mean_unit": mean_unit,
+            "level_offset": level_offset,
         }
         level, mean, features = self._run("prior.onnx", inputs)
         return level[0], mean[0], features

@@ -57,6 +57,9 @@ def _inputs(shape: tuple[int, int], step: int, quality: float, seed: int = 0) ->
 
     model._run = run  # type: ignore[method-assign]
     as_int16 = [np.clip(np.rint(values), -32768, 32767).astype(np.int16) for values in (z, known)]
+    if step == runtime.HYPER_STEP:
+        model.expect(as_int16[0], units)
+        return captured
     features = model.no_features
     if step:  # what step 0 gives
         plain = _onnxruntime(LEVELS[0], 1)
@@ -83,6 +86,10 @@ def torch_prior() -> PriorGraph:
 def _torch(prior: PriorGraph, inputs: Inputs, dtype: torch.dtype) -> list[NDArray[Any]]:
     """The layers know nothing of widths: they get zeros for the channels that are not there."""
     model = runtime.open_model(runtime.DEFAULT_MODEL)
+    if int(inputs["step"]) == runtime.HYPER_STEP:
+        tensors = {name: torch.from_numpy(inputs[name]).to(dtype) for name in inputs if name not in ("step", "width")}
+        level, mean = prior.to(dtype)(runtime.HYPER_STEP, tensors)
+        return [level.numpy().astype(np.uint8), mean.numpy().astype(np.int16)]
     count = model.widths[int(inputs["width"])]
     wide = dict(inputs, known=widen(inputs["known"][0], model.latent.channels)[None])
     wide |= {name: widen(inputs[name], model.latent.channels) for name in ("mean_unit", "level_offset")}
@@ -96,8 +103,11 @@ def _torch(prior: PriorGraph, inputs: Inputs, dtype: torch.dtype) -> list[NDArra
 def reference() -> list[tuple[Inputs, list[NDArray[Any]]]]:
     """Inputs for every step and tile shape, and what onnxruntime makes of them without any optimisation."""
     plain = _onnxruntime(LEVELS[0], 1)
+    model = runtime.open_model(runtime.DEFAULT_MODEL)
+    assert isinstance(model, runtime.Hyperprior)
+    steps = [*range(4), *[runtime.HYPER_STEP] * model.contextual]
     cases = [_inputs(shape, step, quality) for shape, quality in zip(SHAPES, (0, 33.3, 50, 87.65, 100), strict=True)
-             for step in range(4)]  # fmt: skip
+             for step in steps]  # fmt: skip
     return [(case, plain(case)) for case in cases]
 
 
@@ -124,7 +134,7 @@ def test_pytorch(
 def test_numpy(reference: list[tuple[Inputs, list[NDArray[Any]]]]) -> None:
     """onnx's reference evaluator, which is NumPy throughout."""
     evaluator = ReferenceEvaluator(str(PRIOR))
-    for inputs, expected in reference[:12]:
+    for inputs, expected in reference[:15]:
         results = evaluator.run(None, inputs)
         for result, wanted in zip(results, expected, strict=True):
             assert np.array_equal(np.asarray(result), wanted)
@@ -132,7 +142,7 @@ def test_numpy(reference: list[tuple[Inputs, list[NDArray[Any]]]]) -> None:
 
 def test_results_are_not_constant(reference: list[tuple[Inputs, list[NDArray[Any]]]]) -> None:
     """The comparisons above compare something."""
-    for _, (level, mean, _) in reference[4:]:
+    for _, (level, mean, _) in reference[5:]:
         assert len(np.unique(level)) > 10
         assert len(np.unique(mean)) > 20
 

@@ -16,10 +16,11 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from hourglass.codec import Codec, errors, image, metrics
-from hourglass.codec.prior import gather
+from hourglass.codec.prior import gather, later
 from hourglass.codec.quantise import Analysed, _width, quantise
 from hourglass.codec.runtime import Hyperprior, open_model
 from hourglass.codec.train import loop, prior
@@ -517,7 +518,7 @@ def test_rounding_passes_gradients() -> None:
 
 @pytest.fixture(scope="module")
 def net(run: Path) -> Hourglass:
-    """What the run came to, and centroids and shifts of the scales as a longer one has them."""
+    """What the run came to, and centroids, shifts of the scales and a context as a longer one has them."""
     net, _ = load_checkpoint(run / "checkpoint.pt")
     assert isinstance(net, Hourglass)
     assert net.prior.nearer is not None
@@ -525,6 +526,9 @@ def net(run: Path) -> Hourglass:
     with torch.no_grad():
         net.prior.nearer.copy_(torch.linspace(0.3, -0.1, net.prior.nearer.numel()).reshape(net.prior.nearer.shape))
         net.prior.scale_shift.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(2))
+        assert net.prior.context is not None
+        for layer in (net.prior.context.mean, net.prior.context.scale):
+            layer.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
     return net
 
 
@@ -581,8 +585,9 @@ def test_exported_centroids(net: Hourglass, zoo: Path) -> None:
     seen = set()
     for quality in (40.0, 100.0):
         symbols = quantise(analysed, quality, "default")
-        for chosen, part in symbols.parts[1:]:
-            assert part.step is not None
+        for chosen, part in symbols.parts:
+            if part.step is None:
+                continue
             assert part.mean is not None
             found = gather(symbols.latent, part.step) - 16 * chosen - part.mean
             assert not found[chosen == 0].any()
@@ -595,6 +600,82 @@ def test_exported_centroids(net: Hourglass, zoo: Path) -> None:
     assert seen == {1, 2, 3}
 
 
+@pytest.mark.parametrize("quality", [0.0, 57.21, 100.0])
+def test_exported_context(net: Hourglass, zoo: Path, quality: float) -> None:
+    """Half of the hyper-latent is coded with the means and at the levels that the network predicts from the other half,
+    and the steps get what the two stand for together."""
+    model = open_model("small-1", zoo)
+    assert isinstance(model, Hyperprior)
+    picture = np.ascontiguousarray(image.read(IMAGES / "motocross.png")[:192, :256])
+    tensors = model.analyse(picture, 0, 0, 256, 192)
+    symbols = quantise(Analysed(model, picture, tensors), quality, "default")
+    (first, _), (second, part) = symbols.parts[:2]
+    dark = later(3, 4)
+    z = symbols.tensors["z"]
+    assert np.array_equal(z[:, ~dark], first)
+    assert np.array_equal(z[:, dark], second)
+    assert part.mean is not None
+    with torch.no_grad():
+        weights = hats(torch.tensor([quality]), net.shape.anchors)
+        gain, _ = net.hyper_gains(weights)
+        known = np.where(dark, 0, z) / gain[0].numpy()
+        mean, scale = net.prior.context(  # type: ignore[misc]
+            torch.from_numpy(np.rint(known * 32)).permute(1, 2, 0)[None].float(), (weights * 32).round()
+        )
+    per_unit = gain[0].numpy()
+    mean = mean[0].permute(2, 0, 1).numpy() * per_unit / 32  # 1/16 symbols, from 1/512 units
+    level = 6 * (scale[0].permute(2, 0, 1).numpy() / 256 + np.log2(per_unit) + 3.25)
+    level = np.clip(np.rint(level), 0, 63).astype(int)[:, dark]
+    assert np.abs(part.mean - mean[:, dark]).max() <= 1 + 0.004 * np.abs(mean).max()  # gains are of 9 bits in a file
+    assert (part.tables == model.level_tables[level]).mean() > 0.97
+    assert len(np.unique(part.mean)) > 5
+    assert len(np.unique(part.tables)) > 2
+
+
+def test_context_sees_one_colour_only() -> None:
+    """What is at the later positions changes nothing that is expected there; what is at the others does."""
+    torch.manual_seed(3)
+    net = Hourglass(SHAPE)
+    context = net.prior.context
+    assert context is not None
+    for layer in (context.mean, context.scale):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    z = torch.randn(1, SHAPE.hyper, 4, 6) * 3
+    dark = torch.from_numpy(later(4, 6))
+    weights = hats(torch.tensor([40.0]), SHAPE.anchors)
+
+    def expected(z: Tensor) -> Tensor:
+        gain = torch.ones(1, 1, 1, SHAPE.hyper)
+        scaled = z.permute(0, 2, 3, 1)
+        found, _, where = net.prior.hyper(scaled, gain, scaled.round(), weights, "round")
+        assert torch.equal(where, dark)
+        return (found - found.floor())[:, dark]  # that of the mean: symbols are whole
+
+    same, other = torch.where(dark, z + 5, z), torch.where(dark, z, z + 2)
+    assert torch.equal(expected(z), expected(same))
+    assert not torch.equal(expected(z), expected(other))
+
+
+def test_context_is_fitted_at_the_start(run: Path, tmp_path: Path) -> None:
+    """Weights of a network without one: it says better what comes than the density that knows no neighbours."""
+    values = torch.load(run / "checkpoint.pt", weights_only=True)
+    bare = {name: value for name, value in values["ema"].items() if not name.startswith("prior.context.")}
+    start = tmp_path / "bare.pt"
+    torch.save(values | {"shape": values["shape"] | {"contextual": False}, "ema": bare}, start)
+    pieces = load_pieces(list_training(IMAGES), 128, CPU)
+    net = loop.fresh(replace(SETTINGS, crop=128), SHAPE, pieces, CPU, start).net
+    assert isinstance(net, Hourglass)
+    assert torch.equal(net.analysis.to_trunk.weight, bare["analysis.to_trunk.weight"])
+    crops = pieces.crops(40, 128, torch.Generator().manual_seed(9)) / 255
+    quality = torch.full((len(crops),), 60.0)
+    with torch.no_grad():
+        z = net.hyper(net.analysis(crops))
+        _, bits = net.hyper_entropy(z, hats(quality, SHAPE.anchors), "settle")
+        net.prior.context = None
+        _, alone = net.hyper_entropy(z, hats(quality, SHAPE.anchors), "settle")
+    assert float(bits.sum()) < float(alone.sum())
+
+
 def test_exported_scales(net: Hourglass, zoo: Path) -> None:
     """Tables are those of the network's levels, with what these have of their own at each quality, step and channel."""
     model = open_model("small-1", zoo)
@@ -605,7 +686,7 @@ def test_exported_scales(net: Hourglass, zoo: Path) -> None:
     y = torch.from_numpy(analysed.tensors["y"])[None]
     shift = net.prior.scale_shift.clone()
     for quality in (3.0, 57.21, 100.0):
-        parts = quantise(analysed, quality, "default").parts[1:]
+        parts = [part for part in quantise(analysed, quality, "default").parts if part[1].step is not None]
         alike, without = [], []
         for wanted, shifted in ((alike, shift), (without, torch.zeros_like(shift))):
             with torch.no_grad():

@@ -24,7 +24,7 @@ from torch.jit._trace import TracerWarning
 from torch.nn import functional as F
 
 from hourglass.codec.prior import STEPS
-from hourglass.codec.runtime import STRIDE
+from hourglass.codec.runtime import HYPER_STEP, STRIDE
 from hourglass.codec.train import prior as integers
 from hourglass.codec.train.classic import Classic
 from hourglass.codec.train.decoders import OPSET, Nodes, Reduced, by_row, choose, decoder, reduced
@@ -445,11 +445,14 @@ def prior(net: Prior, widths: list[int]) -> onnx.ModelProto:
     """prior.onnx: what is decoded so far -> tables and means of the elements that `step` codes.
 
     There is a branch for each step and each of `widths`; with width n only the first n channels of each quarter of the
-    latent exist, c = 4 n in all.
+    latent exist, c = 4 n in all. With a context for the hyper-latent there is a step in front, HYPER_STEP, which gives
+    levels and means of that, (1, Z, h/4, w/4), from what is known of it; of the inputs below it looks at z, quality,
+    and the three that are units or offsets.
 
     Inputs, all integers (in float32 but for z, known, step and width):
-      step (): 0 to 3. width (): 0, 1, ... an index into `widths`.
-      z (1, Z, h/4, w/4) int16: symbols of the hyper-latent. hyper_unit (Z, 1, 1): HYPER units per symbol.
+      step (): 0 to 3, or HYPER_STEP. width (): 0, 1, ... an index into `widths`.
+      z (1, Z, h/4, w/4) int16: symbols of the hyper-latent, with a context 1/16 symbols. hyper_unit (Z, 1, 1): HYPER
+        units for each of these.
       quality (1, anchors, 1, 1): weights of the anchors, in 0..32.
       features_before: `features` as step 0 gave them; (1, F, 1, 1) zeros at step 0.
       known (1, c, h, w) int16: the latent so far in KNOWN units, 0 where unknown; h and w multiples of 4.
@@ -477,6 +480,8 @@ def prior(net: Prior, widths: list[int]) -> onnx.ModelProto:
         for step in net.steps
         if isinstance(step, integers.Step)
     ]
+    if net.context is not None:
+        by_step.append(_hyper_context(net.context))  # HYPER_STEP
     for output, name in zip(main.chosen("step", by_step, "steps"), ("raw_mean", "raw_level"), strict=True):
         main.add("Identity", output, name=name)
     mean = main.rounded(main.add("Mul", "raw_mean", "mean_unit"), _INT16)
@@ -510,14 +515,34 @@ def prior(net: Prior, widths: list[int]) -> onnx.ModelProto:
     return model
 
 
+def _of_z(nodes: _Nodes) -> str:
+    """z in HYPER units."""
+    return nodes.rounded(nodes.add("Mul", nodes.add("Cast", "z", to=TensorProto.FLOAT), "hyper_unit"), HYPER.high)
+
+
+def _with_quality(nodes: _Nodes, name: str, x: str, channels: int, layer: IntegerLayer) -> str:
+    """A pointwise layer that sees x, of `channels`, and behind it the quality, which is the same everywhere."""
+    weight, bias, factor = layer.integers()
+    from_x = nodes.convolve(f"{name}.z", x, weight[:, :channels, None, None], bias, factor)
+    from_quality = nodes.convolve(f"{name}.quality", "quality", weight[:, channels:, None, None], None, factor)
+    return nodes.requantise(nodes.add("Add", from_x, from_quality), layer.after)
+
+
+def _hyper_context(context: integers.HyperContext) -> onnx.GraphProto:
+    """What is known of z, and quality -> mean and scale of the rest of it."""
+    nodes = _Nodes("context.")
+    weight, bias, factor = context.spatial.integers()
+    seen = nodes.requantise(
+        nodes.convolve("spatial", _of_z(nodes), weight, bias, factor, pads=[1] * 4), context.spatial.after
+    )
+    hidden = _with_quality(nodes, "deepen", seen, context.spatial.outputs, context.deepen)
+    return nodes.branch([nodes.layer("mean", hidden, context.mean), nodes.layer("scale", hidden, context.scale)], _PART)
+
+
 def _hyper_synthesis(net: Prior, channels: int) -> onnx.GraphProto:
     """z and quality -> features."""
     nodes = _Nodes("hyper.")
-    z = nodes.rounded(nodes.add("Mul", nodes.add("Cast", "z", to=TensorProto.FLOAT), "hyper_unit"), HYPER.high)
-    weight, bias, factor = net.widen.integers()
-    from_z = nodes.convolve("widen.z", z, weight[:, :channels, None, None], bias, factor)
-    from_quality = nodes.convolve("widen.quality", "quality", weight[:, channels:, None, None], None, factor)
-    wide = nodes.requantise(nodes.add("Add", from_z, from_quality), net.widen.after)
+    wide = _with_quality(nodes, "widen", _of_z(nodes), channels, net.widen)
     middle = nodes.layer("spread", nodes.enlarge(wide), net.spread)
     wide = nodes.enlarge(nodes.layer("widen2", middle, net.widen2))
     if net.bytewise:
@@ -598,9 +623,13 @@ class PriorGraph(nn.Module):
             return x.permute(0, 2, 3, 1)
 
         z = (last(inputs["z"] * inputs["hyper_unit"]) + 0.5).floor().clamp(-HYPER.high, HYPER.high)
-        features = net.features(z, inputs["quality"][:, :, 0, 0])
-        known = last(inputs["known"]).clamp(KNOWN.low, KNOWN.high)
-        mean, scale = net.steps[step](features, known if step else None)
+        quality = inputs["quality"][:, :, 0, 0]
+        if step == HYPER_STEP:
+            assert net.context is not None
+            mean, scale = net.context(z, quality)
+        else:
+            known = last(inputs["known"]).clamp(KNOWN.low, KNOWN.high)
+            mean, scale = net.steps[step](net.features(z, quality), known if step else None)
         mean, scale = mean.permute(0, 3, 1, 2), scale.permute(0, 3, 1, 2)
         mean = (mean * inputs["mean_unit"] + 0.5).floor().clamp(-_INT16, _INT16)
         level = ((scale * PER_OCTAVE + inputs["level_offset"]) / integers.OCTAVE).floor().clamp(0, LADDER - 1)
@@ -608,7 +637,7 @@ class PriorGraph(nn.Module):
 
 
 def kmacs(folder: Path) -> dict[str, float]:
-    """Thousands of multiplications with additions for each pixel: analysis, prior (its four steps) where there is one,
+    """Thousands of multiplications with additions for each pixel: analysis, prior (all its steps) where there is one,
     synthesis."""
     names = {"analysis": "encoder.onnx", "prior": "prior.onnx", "synthesis": "decoder.onnx"}
     present = {name: folder / file for name, file in names.items() if (folder / file).exists()}
@@ -618,8 +647,8 @@ def kmacs(folder: Path) -> dict[str, float]:
 def macs_per_pixel(path: Path) -> dict[str, float]:
     """Multiplications with additions for each pixel of the picture, counted from the shapes in an ONNX file.
 
-    All matrix products and convolutions of the graph; of a prior.onnx, which runs four times for a picture, the sum
-    of its four steps at full width; of a decoder.onnx those of one post-filter, as the others have as many. Returned by
+    All matrix products and convolutions of the graph; of a prior.onnx, which runs once for each step, the sum of its
+    steps at full width; of a decoder.onnx those of one post-filter, as the others have as many. Returned by
     name of the layer.
     """
     model = onnx.load(path)
@@ -627,12 +656,16 @@ def macs_per_pixel(path: Path) -> dict[str, float]:
         _take_branches(model.graph, {"post": 0})
         return _macs(model)
     widths = sorted({_width(branch) for branch in _branches(model.graph)} - {0})
+    channels = dict.fromkeys(range(STEPS), 4 * widths[-1])
+    if any(branch.name == "branchcontext." for branch in _branches(model.graph)):
+        (hyper,) = (entry.type.tensor_type.shape.dim[1] for entry in model.graph.input if entry.name == "z")
+        channels[HYPER_STEP] = hyper.dim_value
     counts: dict[str, float] = {}
-    for step in range(STEPS):
+    for step, of_step in channels.items():
         taken = onnx.ModelProto()
         taken.CopyFrom(model)
         _take_branches(taken.graph, {"step": step, "width": len(widths) - 1})
-        counts |= _macs(taken, 4 * widths[-1])
+        counts |= _macs(taken, of_step)
     return counts
 
 

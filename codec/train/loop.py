@@ -63,6 +63,12 @@ _OF_ITSELF = (
 )
 """Ends of the names of weights that need neither principal components nor latents to start from."""
 
+_CONTEXT = "prior.context."
+"""Begin of the names of the weights of the context for the hyper-latent."""
+
+_OF_CONTEXT = 2000
+"""Crops that it learns from at first."""
+
 _TO_FIT = 64
 """Crops that the steps of the synthesis' bytes are chosen for at first."""
 
@@ -258,7 +264,7 @@ def fresh(
             _start_from(net, start) | _filters_from(net, start, pieces, settings.crop, generator) if start else set()
         )
         missing = net.state_dict().keys() - taken
-        whole = all(name.endswith(_OF_ITSELF) or name.startswith("synthesis.posts.") for name in missing)
+        whole = all(name.endswith(_OF_ITSELF) or name.startswith(("synthesis.posts.", _CONTEXT)) for name in missing)
         if not whole:
             start_from_pca(net, pictures, generator)
             if start:
@@ -276,6 +282,8 @@ def fresh(
                 _start_from(net, start)  # also what the latents would give
         if "synthesis.fine.0.log_seen" not in taken:
             net.synthesis.fit_steps(_dequantised(net, pieces.crops(_TO_FIT, settings.crop, generator) / 255))
+        if start and any(name.startswith(_CONTEXT) for name in missing):
+            fit_context(net, pieces, settings.crop, generator)
         side //= STRIDE
     torch.manual_seed(settings.seed + _rank())  # each process has noise of its own
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -289,6 +297,33 @@ def _dequantised(net: Hourglass, x: Tensor) -> Tensor:
     quality = torch.linspace(0, 100, len(x), device=x.device)
     y_hat, _, inverse = net.entropy(net.analysis(x), quality, "settle")
     return y_hat * inverse
+
+
+def fit_context(
+    net: Hourglass, pieces: Pieces, crop: int, generator: torch.Generator, count: int = _OF_CONTEXT
+) -> None:
+    """Train the context for the hyper-latent alone, in place, on what a network that has learned makes of some crops.
+
+    A picture has few positions of the hyper-latent: with all the rest it would learn too slowly. count: of crops; it
+    takes twice as many steps.
+    """
+    context = net.prior.context
+    assert context is not None
+    with torch.no_grad():
+        crops = (pieces.crops(1, crop, generator) for _ in tqdm(range(count), desc="hyper-latents"))
+        z = torch.cat([net.hyper(net.analysis(x / 255)) for x in crops])
+        context.scale.bias.copy_(z.std((0, 2, 3)).clamp(min=1e-4).log2())
+    optimiser = torch.optim.Adam(context.parameters(), lr=2e-3)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 2 * count)
+    for number in tqdm(range(2 * count), desc="context"):
+        some = torch.randint(len(z), (32,), generator=generator)
+        quality = 100 * torch.rand(32, generator=generator).to(z.device)
+        mode: Mode = "noise" if number < count else "settle"
+        _, bits = net.hyper_entropy(z[some.to(z.device)], hats(quality, net.shape.anchors), mode)
+        bits.mean().backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        falling.step()
+        net.zero_grad()
 
 
 def _filters_from(net: Hourglass, path: Path, pieces: Pieces, crop: int, generator: torch.Generator) -> set[str]:

@@ -64,6 +64,7 @@ class Shape:
     posts: int = 5  # how many there are, each for as large a part of the qualities
     centred: bool = True  # whether symbols stand for the centre of what becomes one, learned for each level
     shifted: bool = True  # whether scales have a part of their own for each quality, step and channel
+    contextual: bool = True  # whether a half of the hyper-latent is predicted from the other half
     anchors: int = 11  # qualities at which gains are learned, evenly from 0 to 100
     lambda_low: float = 0.0006  # weight of the squared error (0..255 scale) against bits per pixel at quality 0
     lambda_high: float = 0.28  # the same at quality 100; between them log-linear
@@ -80,8 +81,9 @@ class Shape:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Shape:
         # What was so before there was a choice.
-        before: dict[str, Any] = {"bytewise": False, "filters": (), "centred": False, "shifted": False}
-        values = before | {"post": 0, "posts": 1} | values
+        before: dict[str, Any] = {"filters": (), "post": 0, "posts": 1}
+        before |= dict.fromkeys(("bytewise", "centred", "shifted", "contextual"), False)
+        values = before | values
         for key in ("analysis_blocks", "synthesis_blocks", "synthesis_hidden", "filters"):
             values[key] = tuple(values[key])
         return Shape(**values)
@@ -617,6 +619,7 @@ class Hourglass(nn.Module):
             self.shape.bytewise,
             self.shape.centred,
             self.shape.shifted,
+            self.shape.contextual,
         )
         self.synthesis = Synthesis(self.shape)
 
@@ -670,31 +673,39 @@ class Hourglass(nn.Module):
             gain = gain.detach()
         z = self.hyper(y).float()
         with torch.autocast(y.device.type, enabled=False):
-            hyper_gain, _ = self.hyper_gains(weights)
-            z = z * hyper_gain
-            if mode == "settle":
-                symbols = z + (self.hyper_prior.chosen(z, hyper_gain) - z).detach()
-                own = self.hyper_prior.bits(symbols.detach(), hyper_gain.detach())
-                if torch.is_grad_enabled():
-                    # The value stays that of the symbols' bits; the hyper-latent's gradient is the noise's.
-                    noisy = self.hyper_prior.bits(z + torch.rand_like(z) - 0.5, hyper_gain, held=True)
-                    own = own + noisy - noisy.detach()
-            else:
-                symbols = rounded(z)
-                own = self.hyper_prior.bits(z + torch.rand_like(z) - 0.5 if mode == "noise" else symbols, hyper_gain)
-            bits = own.sum((1, 2, 3))
-            scaled, z_hat = y.float() * gain, symbols / hyper_gain
+            z_hat, bits = self.hyper_entropy(z, weights, mode)
+            scaled = y.float() * gain
         scaled, gain, z_hat = map(_channels_last, (scaled, gain, z_hat))
         kept = coded(scaled, self.widths) if mode == "settle" else None
         y_hat, more = self.prior(scaled, gain, z_hat, weights, mode, kept)
         return y_hat.permute(0, 3, 1, 2), bits + more, inverse
 
+    def hyper_entropy(self, z: Tensor, weights: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+        """Hyper-latent (B, hyper, h, w), quality as `hats` -> the same dequantised, and ideal bits (B,)."""
+        gain, _ = self.hyper_gains(weights)
+        z = z * gain
+        if mode == "settle":
+            symbols = z + (self.hyper_prior.chosen(z, gain) - z).detach()
+            own = self.hyper_prior.bits(symbols.detach(), gain.detach())
+            if torch.is_grad_enabled():
+                # The value stays that of the symbols' bits; the hyper-latent's gradient is the noise's.
+                noisy = self.hyper_prior.bits(z + torch.rand_like(z) - 0.5, gain, held=True)
+                own = own + noisy - noisy.detach()
+        else:
+            symbols = rounded(z)
+            own = self.hyper_prior.bits(z + torch.rand_like(z) - 0.5 if mode == "noise" else symbols, gain)
+        if self.prior.context is not None:
+            scaled, per_unit, first = map(_channels_last, (z, gain, symbols))
+            found, others, later = self.prior.hyper(scaled, per_unit, first, weights, mode)
+            symbols = found.permute(0, 3, 1, 2)
+            own = torch.where(later, others.permute(0, 3, 1, 2), own)
+        return symbols / gain, own.sum((1, 2, 3))
+
     def symbols(self, y: Tensor, quality: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For each step of the prior the symbols chosen for a latent and their levels, both (B, h/2, w/2, latent)."""
         weights = hats(quality, self.shape.anchors)
         gain, _ = self.gains(weights)
-        hyper_gain, _ = self.hyper_gains(weights)
-        z_hat = self.hyper_prior.chosen(self.hyper(y) * hyper_gain, hyper_gain) / hyper_gain
+        z_hat, _ = self.hyper_entropy(self.hyper(y), weights, "settle")
         scaled, gain, z_hat = map(_channels_last, (y * gain, gain, z_hat))
         kept = coded(scaled, self.widths)
         for _, symbols, _, level in self.prior.walk(scaled, gain, z_hat, weights, "settle", kept):

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from hourglass.codec.prior import FINE, STEPS
 from hourglass.codec.prior import KNOWN as LARGEST_KNOWN
-from hourglass.codec.quantise import NEAR, NOTHING, RARE, WORTH
+from hourglass.codec.prior import later as later_places
+from hourglass.codec.quantise import HYPER_WORTH, NEAR, NOTHING, RARE, WORTH
 
 EXACT = 2**24
 """Integers up to this magnitude are exact in float32."""
@@ -73,6 +74,7 @@ HYPER = Range(-1023, 1023, 5)
 KNOWN = Range(-LARGEST_KNOWN, LARGEST_KNOWN, 6)
 SIGNED = Range(-1023, 1023, 6)
 HIDDEN = Range(0, 1023, 6)
+COARSE = Range(0, 1023, HYPER.unit)
 MEAN = Range(-16383, 16383, 9)
 LOG_SCALE = Range(-8191, 8191, 8)
 
@@ -241,6 +243,16 @@ class Depthwise(IntegerLayer):
         return F.conv2d(x, weight, padding=weight.shape[2] // 2, groups=len(weight)).permute(0, 2, 3, 1)
 
 
+class Spatial(IntegerLayer):
+    """Convolution with zero padding: (B, h, w, C) -> (B, h, w, C')."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, before: Range, after: Range) -> None:
+        super().__init__((outputs, inputs, kernel, kernel), before, after)
+
+    def total(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=weight.shape[2] // 2).permute(0, 2, 3, 1)
+
+
 def enlarge(x: Tensor) -> Tensor:
     """Depth to space by 2, phase by phase: (B, h, w, 4 C) -> (B, 2 h, 2 w, C)."""
     b, h, w, c = x.shape
@@ -276,6 +288,29 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     x = torch.stack([*parts, *missing], 3).reshape(b, h, w, 16, c // 4)
     x = x.index_select(3, torch.tensor(_BACK, device=x.device)).reshape(b, h, w, 2, 2, 4, c // 4)
     return x.permute(0, 1, 3, 2, 4, 5, 6).reshape(b, 2 * h, 2 * w, c)
+
+
+class HyperContext(nn.Module):
+    """The hyper-latent at the positions of a chessboard's one colour -> mean, log scale at those of the other.
+
+    Known (B, h, w, Z) in HYPER units, 0 where unknown, and quality (B, anchors) in 1/32; both results are integers,
+    (B, h, w, Z), of use where nothing is known.
+    """
+
+    def __init__(self, hyper: int, anchors: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.spatial = Spatial(hyper, hidden, 3, HYPER, COARSE)
+        self.deepen = Pointwise(hidden + anchors, hidden, COARSE, HIDDEN)
+        self.mean = Pointwise(hidden, hyper, HIDDEN, MEAN)
+        self.scale = Pointwise(hidden, hyper, HIDDEN, LOG_SCALE)
+        for layer in (self.mean, self.scale):
+            nn.init.normal_(layer.weight, std=1e-3)
+
+    def forward(self, known: Tensor, hats: Tensor) -> tuple[Tensor, Tensor]:
+        b, h, w, _ = known.shape
+        seen = torch.cat([self.spatial(known), hats[:, None, None].expand(b, h, w, -1)], 3)
+        hidden = self.deepen(seen)
+        return self.mean(hidden), self.scale(hidden)
 
 
 class Step(nn.Module):
@@ -369,6 +404,18 @@ def bits_of(x: Tensor, level: Tensor) -> Tensor:
     return -torch.log2(p.clamp(min=1e-9))
 
 
+def coded_bits(rest: Tensor, symbols: Tensor, level: Tensor, mode: Mode) -> Tensor:
+    """Ideal code length in bits of each element: of what is left of a latent, its symbols, their levels."""
+    if mode == "noise":
+        return bits_of(rest + torch.rand_like(rest) - 0.5, level)
+    own = bits_of(symbols.detach(), level)
+    if mode == "settle" and torch.is_grad_enabled():
+        # The value stays that of the symbols' bits; the latent's gradient is the noise's.
+        noisy = bits_of(rest + torch.rand_like(rest) - 0.5, level.detach())
+        own = own + noisy - noisy.detach()
+    return own
+
+
 def _steepness(level: Tensor) -> Tensor:
     """1 / s of the logistic density whose deviation is the scale at a level of the ladder."""
     return torch.exp2(level * (-1 / PER_OCTAVE) + (math.log2(math.pi / math.sqrt(3)) - LOWEST))
@@ -389,7 +436,7 @@ class Prior(nn.Module):
     """The whole prior, in integers. `log_unit` (C,): OCTAVE * log2 of each latent channel's deviation.
 
     bytewise: see `Step`. centred: see the method. shifted: whether the scales have a part that depends on quality, step
-    and channel alone, which costs nothing: the decoder adds it to what a channel's gain adds.
+    and channel alone, which costs nothing: the decoder adds it to what a channel's gain adds. contextual: see `hyper`.
     """
 
     def __init__(
@@ -402,6 +449,7 @@ class Prior(nn.Module):
         bytewise: bool,
         centred: bool,
         shifted: bool,
+        contextual: bool,
     ) -> None:
         super().__init__()
         self.register_buffer("log_unit", torch.zeros(latent))
@@ -416,8 +464,35 @@ class Prior(nn.Module):
         self.nearer = nn.Parameter(torch.zeros(LADDER, NEARER)) if centred else None
         # In octaves, the elements of a step in its own order.
         self.scale_shift = nn.Parameter(torch.zeros(anchors, STEPS, latent)) if shifted else None
+        self.context = HyperContext(hyper, anchors) if contextual else None
         self.register_buffer("still", stillness(), persistent=False)
         self.still: Tensor
+
+    def hyper(
+        self, scaled: Tensor, gain: Tensor, first: Tensor, hats: Tensor, mode: Mode
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The hyper-latent of a prior with a context, which says what to expect at the chessboard's later colour.
+
+        scaled (B, h, w, Z): hyper-latent times gain. gain (B, 1, 1, Z). first: the symbols of the first colour, and
+        whatever at the other. Returns the dequantised hyper-latent times gain, the bits of each element at the later
+        colour, of no use at the first, and which positions these are, (h, w).
+        """
+        assert self.context is not None
+        later = torch.from_numpy(later_places(*scaled.shape[1:3])).to(scaled.device)
+        known = torch.where(later[..., None], 0, first / gain).detach()
+        mean, log_scale = self.context(
+            rounded(known * 2**HYPER.unit, HYPER.low, HYPER.high), (hats * 2**HYPER.unit).round()
+        )
+        mean = rounded(mean * (gain * (FINE / 2**MEAN.unit))) / FINE
+        level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (torch.log2(gain) - LOWEST) * PER_OCTAVE
+        level = rounded(level, 0, LADDER - 1)
+        rest = scaled - mean
+        if mode == "settle":
+            symbols = rest + (settled(rest, lambda s: bits_of(s, level), HYPER_WORTH) - rest).detach()
+        else:
+            symbols = rounded(rest)
+        bits = coded_bits(rest, symbols, level, mode)
+        return torch.where(later[..., None], symbols + mean, first), bits, later
 
     def features(self, z_hat: Tensor, hats: Tensor) -> Tensor:
         """Hyper-synthesis: dequantised hyper-latent (B, h/4, w/4, Z), quality (B, anchors) -> (B, h, w, F)."""
@@ -440,14 +515,7 @@ class Prior(nn.Module):
         parts = []
         steps = self.walk(scaled, gain, z_hat, hats, mode, kept)
         for (rest, symbols, mean, level), mask in zip(steps, masks, strict=True):
-            if mode == "noise":
-                own = bits_of(rest + torch.rand_like(rest) - 0.5, level)
-            else:
-                own = bits_of(symbols.detach(), level)
-            if mode == "settle" and torch.is_grad_enabled():
-                # The value stays that of the symbols' bits; the latent's gradient is the noise's.
-                noisy = bits_of(rest + torch.rand_like(rest) - 0.5, level.detach())
-                own = own + noisy - noisy.detach()
+            own = coded_bits(rest, symbols, level, mode)
             bits = bits + (own * mask).sum((1, 2, 3))
             if torch.is_grad_enabled():
                 # The straight-through gradient takes from the mean what it gives the symbol, but a 0 stays a 0: there

@@ -138,8 +138,9 @@ def _hyper(
         return z, z
     symbols, known = np.empty(shape, np.int16), np.zeros(shape, np.int16)
     second = later(*shape[1:])
-    symbols[:, ~second] = choose(Part("z", tables[:, ~second], where=~second))
-    known[:, ~second] = _fine(symbols[:, ~second])
+    first = ~second
+    symbols[:, first] = choose(Part("z", tables[:, first], where=first))
+    known[:, first] = _fine(symbols[:, first])
     if second.any():
         level, mean = model.expect(known, units)
         level, mean = level[:, second], mean[:, second]

@@ -371,9 +371,9 @@ def settled(rest: Tensor, bits: Callable[[Tensor], Tensor], worth: float) -> Ten
     return torch.where((saved > worth * worse) & (symbols.abs() <= NEAR), nearer, symbols)
 
 
-def chosen(rest: Tensor, level: Tensor) -> Tensor:
+def chosen(rest: Tensor, level: Tensor, worth: float = WORTH) -> Tensor:
     """`settled` for the latent less its mean, at levels of the ladder."""
-    return settled(rest, lambda symbols: bits_of(symbols, level), WORTH)
+    return settled(rest, lambda symbols: bits_of(symbols, level), worth)
 
 
 @torch.no_grad()
@@ -402,6 +402,23 @@ def bits_of(x: Tensor, level: Tensor) -> Tensor:
     x = x.abs()
     p = torch.sigmoid((0.5 - x) * rate) - torch.sigmoid((-0.5 - x) * rate)
     return -torch.log2(p.clamp(min=1e-9))
+
+
+def in_symbols(mean: Tensor, log_scale: Tensor, ratio: Tensor, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers of MEAN and LOG_SCALE -> mean in symbols, whole 1/FINE of these as in a file, and level of the ladder.
+
+    ratio: symbols per unit. log_ratio: its base-2 logarithm, with what the scales have of their own.
+    """
+    mean = rounded(mean * (ratio * (FINE / 2**MEAN.unit))) / FINE
+    level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (log_ratio - LOWEST) * PER_OCTAVE
+    return mean, rounded(level, 0, LADDER - 1)
+
+
+def quantised(rest: Tensor, level: Tensor, mode: Mode, worth: float) -> Tensor:
+    """Symbols of what is left of a latent less its mean, at levels of the ladder, with a straight-through gradient."""
+    if mode != "settle":
+        return rounded(rest)
+    return rest + (chosen(rest, level, worth) - rest).detach()
 
 
 def coded_bits(rest: Tensor, symbols: Tensor, level: Tensor, mode: Mode) -> Tensor:
@@ -483,14 +500,9 @@ class Prior(nn.Module):
         mean, log_scale = self.context(
             rounded(known * 2**HYPER.unit, HYPER.low, HYPER.high), (hats * 2**HYPER.unit).round()
         )
-        mean = rounded(mean * (gain * (FINE / 2**MEAN.unit))) / FINE
-        level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (torch.log2(gain) - LOWEST) * PER_OCTAVE
-        level = rounded(level, 0, LADDER - 1)
+        mean, level = in_symbols(mean, log_scale, gain, torch.log2(gain))
         rest = scaled - mean
-        if mode == "settle":
-            symbols = rest + (settled(rest, lambda s: bits_of(s, level), HYPER_WORTH) - rest).detach()
-        else:
-            symbols = rounded(rest)
+        symbols = quantised(rest, level, mode, HYPER_WORTH)
         bits = coded_bits(rest, symbols, level, mode)
         return torch.where(later[..., None], symbols + mean, first), bits, later
 
@@ -560,11 +572,9 @@ class Prior(nn.Module):
             self.steps, split(scaled), ratios, log_ratios, masks, strict=True
         ):
             mean, log_scale = step(features, join(known) if known else None)
-            mean = rounded(mean * (ratio * (FINE / 2**MEAN.unit))) / FINE
-            level = log_scale * (PER_OCTAVE / 2**LOG_SCALE.unit) + (log_ratio - LOWEST) * PER_OCTAVE
-            level = rounded(level, 0, LADDER - 1)
+            mean, level = in_symbols(mean, log_scale, ratio, log_ratio)
             rest = part - mean
-            symbols = rest + (chosen(rest, level) - rest).detach() if mode == "settle" else rounded(rest)
+            symbols = quantised(rest, level, mode, WORTH)
             # Detached: the straight-through gradient of what the steps to come know is worse than none.
             seen = (symbols + mean).detach() * mask
             known.append(rounded(seen * (2**KNOWN.unit / ratio), KNOWN.low, KNOWN.high))

@@ -43,7 +43,7 @@ ZOO = Path(__file__).parent / "zoo"
 HYPER_STEP = 4
 """What prior.onnx calls the step for the hyper-latent, of a model where it has a context; 0 to 3 are the latent's."""
 
-DEFAULT_MODEL = "hourglass-12"
+DEFAULT_MODEL = "hourglass-13"
 
 # Since 1.29 onnxruntime tells its maker, on Linux too, which models it runs, unless this is set before it loads.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

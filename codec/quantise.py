@@ -350,7 +350,8 @@ class _Rounding:
     def of(symbols: Symbols, rests: list[NDArray[np.float32]], model: Hyperprior) -> _Rounding:
         shape = symbols.latent.shape
         rest, whole, tables = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, np.uint8)
-        for step, ((chosen, part), left) in enumerate(zip(symbols.parts[1:], rests, strict=True)):
+        steps = [(chosen, part) for chosen, part in symbols.parts if part.step is not None]
+        for step, ((chosen, part), left) in enumerate(zip(steps, rests, strict=True)):
             for values, into in ((left, rest), (chosen, whole), (part.tables, tables)):
                 prior.scatter(values, into, step)
         return _Rounding(rest, whole, tables, model.tables.sure_zero[tables] | (abs(rest) > _REACH))

@@ -148,7 +148,7 @@ def widen(coded: NDArray[_Number], channels: int) -> NDArray[_Number]:
 def _once(
     analysed: Analysed, quality: float, effort: Effort, widest: int | None
 ) -> tuple[Symbols, list[NDArray[np.float32]]]:
-    """Symbols, and for each step of the prior the latent less its mean."""
+    """Symbols, and for each of their parts the values, less their means, that became these."""
     model, tensors = analysed.model, dict(analysed.tensors)
     height, width = analysed.pixels.shape[:2]
     _, rows, columns = model.latent.shape(width, height)
@@ -171,8 +171,7 @@ def _once(
             symbols = _rounded(wanted, part.tables, model)
             if effort != "fast":
                 _drop(symbols, wanted, part.tables, model, HYPER_WORTH if part.name == "z" else WORTH)
-        if part.step is not None:
-            rests.append(wanted)
+        rests.append(wanted)
         parts.append((symbols, part))
         return symbols
 
@@ -350,10 +349,11 @@ class _Rounding:
     def of(symbols: Symbols, rests: list[NDArray[np.float32]], model: Hyperprior) -> _Rounding:
         shape = symbols.latent.shape
         rest, whole, tables = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty(shape, np.uint8)
-        steps = [(chosen, part) for chosen, part in symbols.parts if part.step is not None]
-        for step, ((chosen, part), left) in enumerate(zip(steps, rests, strict=True)):
+        for (chosen, part), left in zip(symbols.parts, rests, strict=True):
+            if part.step is None:  # of the hyper-latent
+                continue
             for values, into in ((left, rest), (chosen, whole), (part.tables, tables)):
-                prior.scatter(values, into, step)
+                prior.scatter(values, into, part.step)
         return _Rounding(rest, whole, tables, model.tables.sure_zero[tables] | (abs(rest) > _REACH))
 
     def rate_slope(self, model: Hyperprior) -> NDArray[np.float32]:

@@ -237,12 +237,12 @@ class Outlook:
             return 1.0
         if count <= most:
             keys = _landmarks(self._taken(slice(None)))
-            return len(np.unique(keys)) / len(keys) if len(keys) else 1.0
+            return len(_firsts(keys)) / len(keys) if len(keys) else 1.0
         rows, new, total = most // 2 // self._width, 0, 0
         for half in (0, 1):  # of each a stretch, in whose second half there is enough to look back to
             start = half * self._height // 2 + self._chosen(half, self._height // 2 - rows + 1)
-            _, first = np.unique(keys := _landmarks(self._taken(slice(start, start + rows))), return_index=True)
-            new += int((first >= len(keys) // 2).sum())
+            keys = _landmarks(self._taken(slice(start, start + rows)))
+            new += int((_firsts(keys) >= len(keys) // 2).sum())
             total += len(keys) - len(keys) // 2
         return new / total if total else 1.0
 
@@ -264,6 +264,13 @@ class Outlook:
     def _fresh(self) -> float:
         """Share of the rows that are not the same as an earlier one, which WebP would find however far off it is."""
         return len(set(self._checksums)) / self._height
+
+
+def _firsts(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """(n,) -> (m,): where each different key is for the first time. NumPy's own `unique` loads its masked arrays."""
+    order = keys.argsort(kind="stable")
+    ordered = keys[order]
+    return order[np.flatnonzero(np.concatenate([ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1]]))]
 
 
 def _landmarks(part: NDArray[np.uint8]) -> NDArray[np.uint64]:

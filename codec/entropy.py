@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate
 
 import constriction
 import numpy as np
@@ -60,8 +60,8 @@ class Tables:
 
     @cached_property
     def escapes(self) -> NDArray[np.int32]:
-        """(T,) int32: the number of the escape code among the entries of a table that has other ones, else -1."""
-        return np.where(self.sure_zero, -1, np.diff(self.start) - 1).astype(np.int32)
+        """(T,) int32: the number of the escape code among the entries of each table."""
+        return np.diff(self.start) - 1
 
     def model(self, table: int) -> constriction.stream.model.Model:
         """constriction's model of a table; made once."""
@@ -89,12 +89,11 @@ class Encoder:
         Symbols whose table is a sure zero must be 0 (`ValueError`).
         """
         tables = self._tables
-        flat = symbols.reshape(-1)
-        if np.count_nonzero(flat) and flat[tables.sure_zero[index.reshape(-1)]].any():
+        places, groups = _grouped(index, tables)
+        values = symbols.reshape(-1)[places].astype(np.int32)
+        if np.count_nonzero(values) != np.count_nonzero(symbols):
             raise ValueError("a symbol whose table is a sure zero is not 0")
         outside = []
-        order, groups = _grouped(index, tables)
-        values = flat[order].astype(np.int32)
         for table, members in groups:
             entries = tables.start[table + 1] - tables.start[table] - 1
             entry = values[members]
@@ -128,11 +127,10 @@ class Decoder:
     def get(self, index: NDArray[np.uint8]) -> NDArray[np.int16]:
         """The next symbols, int16 of the shape of `index`."""
         tables = self._tables
-        order, groups = _grouped(index, tables)
+        places, groups = _grouped(index, tables)
         flat = np.zeros(index.size, np.int16)
         if not groups:
             return flat.reshape(index.shape)
-        coded = np.concatenate([order[members] for _, members in groups])
         used = np.array([table for table, _ in groups])
         counts = [members.stop - members.start for _, members in groups]
         try:
@@ -142,10 +140,10 @@ class Decoder:
             entries += np.repeat(tables.first[used], counts)
             values = entries.astype(np.int16)
             if len(escaped):
-                _decode_escapes(self._coder, values, escaped, index.reshape(-1)[coded[escaped]], tables)
+                _decode_escapes(self._coder, values, escaped, index.reshape(-1)[places[escaped]], tables)
         except AssertionError as exc:  # what constriction raises when the bits fit no symbol
             raise CorruptError(f"entropy-coded data is invalid: {exc}") from exc
-        flat[coded] = values
+        flat[places] = values
         return flat.reshape(index.shape)
 
     def finish(self) -> None:
@@ -166,8 +164,8 @@ def count(
     symbols: NDArray[np.int16], index: NDArray[np.uint8], tables: Tables
 ) -> Iterator[tuple[int, NDArray[np.intp]]]:
     """(table, how often each of its entries comes) for each table in use, ascending; sure zeros left out."""
-    order, groups = _grouped(index, tables)
-    values = symbols.reshape(-1)[order].astype(np.int64)
+    places, groups = _grouped(index, tables)
+    values = symbols.reshape(-1)[places].astype(np.int64)
     for table, members in groups:
         entries = len(tables.frequencies_of(table))
         entry = values[members] - tables.first[table]
@@ -176,15 +174,20 @@ def count(
 
 
 def _grouped(index: NDArray[np.uint8], tables: Tables) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
-    """Symbols by table: their places in flat order, those of one table behind those of another, ascending; and for each
-    table in use that codes something which of the places are its symbols'.
+    """Symbols that are coded, by table: their places in flat order, those of one table behind those of another,
+    ascending; and for each table in use which of the places are its symbols'.
     """
     flat = index.reshape(-1)
-    order = np.argsort(flat, kind="stable")  # a radix sort for uint8
-    ends = np.searchsorted(flat[order], np.arange(len(tables)), "right").tolist()
-    groups = enumerate(pairwise([0, *ends]))
-    sure = tables.sure_zero
-    return order, [(table, slice(begin, end)) for table, (begin, end) in groups if begin < end and not sure[table]]
+    coding = np.ones(flat.size, np.bool_)
+    for table in np.flatnonzero(tables.sure_zero):  # one, and more than half of all symbols have it at many qualities
+        coding &= flat != table
+    coded = np.flatnonzero(coding)
+    used = flat[coded]
+    places = coded[np.argsort(used, kind="stable")]  # a radix sort for uint8
+    sizes = np.bincount(used, minlength=len(tables)).tolist()
+    begins = accumulate(sizes, initial=0)
+    groups = enumerate(zip(begins, sizes, strict=False))
+    return places, [(table, slice(begin, begin + size)) for table, (begin, size) in groups if size]
 
 
 def _encode_gamma(coder: constriction.stream.queue.RangeEncoder, distance: NDArray[np.int32]) -> None:

@@ -144,7 +144,7 @@ def _hyper(
     if second.any():
         level, mean = model.expect(known, units)
         level, mean = level[:, second], mean[:, second]
-        symbols[:, second] = choose(Part("z", np.take(model.level_tables, level), mean, where=second))
+        symbols[:, second] = choose(Part("z", model.tables_of(level), mean, where=second))
         known[:, second] = _fine(symbols[:, second], mean)
     return symbols, known
 
@@ -172,7 +172,7 @@ def _steps(
     features = model.no_features
     for step in range(STEPS):
         level, mean, features = model.step(step, z, known, features, units)
-        table = np.take(model.level_tables, level)
+        table = model.tables_of(level)
         for part, (_, down, across) in zip(quarters(table), places(channels, step), strict=True):
             part[:, -((down.start - rows) // 2) :] = 0
             part[:, :, -((across.start - columns) // 2) :] = 0

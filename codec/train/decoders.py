@@ -476,7 +476,7 @@ class _Decoder(Nodes):
         size = self.add("Gather", self.add("Shape", d), number(1, 1, 2, 2))
         near = self.add("Add", ends, number(-reach, reach, -reach, reach))
         near = self.add("Max", self.add("Min", near, size), number(0))
-        levels = self.add("QuantizeLinear", self.cut(d, near, (1, 2)), self.number(1), self.zero(0))
+        levels = self.cut(self.add("QuantizeLinear", d, self.number(1), self.zero(0)), near, (1, 2))
         missing = self.add("Sub", number(reach), self.add("Abs", self.add("Sub", ends, near)))
         before, behind = (self.add("Gather", missing, number(*places)) for places in ((0, 2), (1, 3)))
         pads = self.add("Concat", number(0), before, number(0, 0), behind, number(0), axis=0)
@@ -495,35 +495,37 @@ class _Decoder(Nodes):
     def correction(self, post: PostFilter, x: str) -> onnx.GraphProto:
         """x, bytes (1, H + 8, W + 8, 3) -> what a post-filter adds, bytes (1, H, W, 3).
 
-        onnxruntime copies what one place of a kernel sees at a time. So pixels become pairs of groups of 2x2 first, by
-        a layer that only moves them, and the first and the last layer make two groups at a time, with zeros among their
-        weights.
+        onnxruntime copies what one place of a kernel sees at a time, and computes _FEW outputs as fast as fewer, or
+        faster. So pixels become groups of 2x2 first, two at a time by a layer that only moves them, and the last layer
+        has four outputs that are nothing.
         """
         scale, gain = (
             self.add("Exp", self.add("MatMul", "quality", self.constant(_array(values))))
             for values in (post.log_scale, post.log_gain)
         )
         unit, fine = self.number(post.unit), self.number(post.fine)
-        # Four R, four G, four B of a group, two groups side by side.
+        # Four R, four G, four B of a group.
         moved = _together(torch.eye(12).reshape(12, 3, 2, 2), 2, 2), torch.ones(24), torch.zeros(24)
         x = self._requantised(f"{self.prefix}pairs", x, 1, moved, (self.number(1), 0), [2, 4])
+        x = self.add("Reshape", x, self.whole_numbers(0, 0, -1, 12))
         integers, factor = post.differences()
-        hidden = len(integers)
-        values = _paired(integers), factor.flatten().repeat(2), _bias(post.first).repeat(2)
+        values = integers, factor.flatten(), _bias(post.first)
         after = self.add("Squeeze", self.add("Div", unit, scale)), 0
         x = self._requantised(f"{self.prefix}first", x, post.level, values, after)
-        x = self.add("Reshape", x, self.whole_numbers(0, 0, -1, hidden))
         values = *_integers(post.middle.weight), _bias(post.middle)
         x = self._requantised(f"{self.prefix}middle", x, post.unit, values, (unit, 0))
-        x = self.add("Reshape", x, self.whole_numbers(0, 0, -1, 2 * hidden))
-        # Of a pair its upper row of pixels, then its lower one.
+        # The upper row of a group and nothing, 8 bytes, which are moved as one; then the lower one.
         integers, factor = _integers(post.last.weight)
-        order = torch.arange(2 * 12).reshape(2, 3, 2, 2).permute(2, 0, 3, 1).flatten()
-        values = _paired(integers)[order], factor.repeat(2)[order], _bias(post.last).repeat(2)[order]
+        values = _by_halves(integers), _by_halves(factor).clamp(min=float(factor.min())), _by_halves(_bias(post.last))
         after = self.add("Squeeze", self.add("Div", fine, gain)), ZERO
         x = self._requantised(f"{self.prefix}last", x, post.unit, values, after)
-        added = self.lines(x, self.size(x), 2, 12)
-        return self.branch([added], (1, "height", "width", 3), TensorProto.UINT8)
+        rows = self.add("Concat", *self.size(x), self.whole_numbers(2), self.whole_numbers(8), axis=0)
+        rows = self.add("Transpose", self.add("Reshape", x, rows), perm=[0, 2, 1, 3])
+        rows = self.add("Slice", rows, self.whole_numbers(0), self.whole_numbers(6), self.whole_numbers(3))
+        two = self.whole_numbers(2)
+        height, width = (self.add("Mul", count, two) for count in self.size(x))
+        shape = self.add("Concat", self.whole_numbers(1), height, width, self.whole_numbers(3), axis=0)
+        return self.branch([self.add("Reshape", rows, shape)], (1, "height", "width", 3), TensorProto.UINT8)
 
     def lines(self, x: str, size: list[str], count: int, length: int, name: str = "") -> str:
         """Positions (size[0], size[1]) that have `count` lines of `length` samples each -> a picture (1, H, W, 3)."""
@@ -585,11 +587,11 @@ def _together(kernel: Tensor, count: int, step: int) -> Tensor:
     return torch.cat(places)
 
 
-def _paired(kernel: Tensor) -> Tensor:
-    """A kernel (O, C, 3, 3) for one place -> (2 O, 2 C, 3, 2) for two side by side, of pairs of places."""
-    both = _together(kernel, 2, 1)
-    outputs, channels = both.shape[:2]
-    return both.reshape(outputs, channels, 3, 2, 2).permute(0, 4, 1, 2, 3).reshape(outputs, 2 * channels, 3, 2)
+def _by_halves(values: Tensor) -> Tensor:
+    """(12, ...), those of the samples (3, 2, 2) of a group -> (16, ...): upper row, two zeros, lower row, two zeros."""
+    rows = values.reshape(3, 2, 2, *values.shape[1:]).permute(1, 2, 0, *range(3, values.dim() + 2))
+    halves = rows.reshape(2, 6, *values.shape[1:])
+    return torch.cat([halves, torch.zeros_like(halves[:, :2])], 1).flatten(0, 1)
 
 
 def _step(own: _Part) -> Tensor:

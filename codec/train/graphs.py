@@ -85,7 +85,11 @@ class EncoderGraph(nn.Module):
         rows = image.reshape(height, width // 8, 24).permute(0, 2, 1).reshape(1, height // 8, 192, width // 8)
         d = rows.permute(0, 2, 1, 3).float()
         y = weave(self.coarse(self.to_latent(self.fine(self.to_trunk(d)))), self.to_rest(d))
-        y = y.index_select(2, _whole(keep[0], keep[1])).index_select(3, _whole(keep[2], keep[3]))
+        y = y.index_select(2, _whole(keep[0], keep[1]))
+        # Along the columns that would move number by number; and mostly none is missing.
+        y, missing = y[..., keep[2] : keep[3]], (keep[2] - keep[3]) % 4
+        last = (keep[3] - keep[2] - 1).expand(cast("int", missing))
+        y = torch.cat([y, y.index_select(3, last)], 3)
         return y, self.to_quarter(self.blocks(self.to_half(F.silu(self.narrow(y)))))
 
 

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -656,8 +657,9 @@ def test_context_sees_one_colour_only() -> None:
     assert not torch.equal(expected(z), expected(other))
 
 
-def test_context_is_fitted_at_the_start(run: Path, tmp_path: Path) -> None:
+def test_context_is_fitted_at_the_start(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of a network without one: it says better what comes than the density that knows no neighbours."""
+    monkeypatch.setattr(loop, "fit_context", partial(loop.fit_context, count=300))  # takes a minute otherwise
     values = torch.load(run / "checkpoint.pt", weights_only=True)
     bare = {name: value for name, value in values["ema"].items() if not name.startswith("prior.context.")}
     start = tmp_path / "bare.pt"

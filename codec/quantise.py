@@ -113,26 +113,6 @@ def quantise(analysed: Analysed, quality: float, effort: Effort, widest: int | N
     return _once(analysed, quality, effort, widest)[0]
 
 
-def dequantise(
-    model: Model,
-    quality: float,
-    latent: NDArray[np.float32] | NDArray[np.int16],
-    core: NDArray[np.float32] | None = None,
-    rest: NDArray[np.float32] | None = None,
-) -> None:
-    """Write what a part (c, h, w) of a `Symbols.latent` stands for, before synthesis, into zeros.
-
-    core (C', h, w), rest (C - C', h, w): the model's channels, where they are wanted.
-    """
-    unit = (model.inverse_gain(quality) * np.float32(1 / prior.FINE)).reshape(4, -1, 1, 1)
-    coded = quarters(latent)
-    first = min(coded.shape[1], model.core)
-    if core is not None:
-        np.multiply(coded[:, :first], unit[:, :first], out=quarters(core)[:, :first])
-    if rest is not None and (more := coded.shape[1] - first):
-        np.multiply(coded[:, first:], unit[:, first : first + more], out=quarters(rest)[:, :more])
-
-
 def narrow(whole: NDArray[_Number], count: int) -> NDArray[_Number]:
     """The first `count` channels of each quarter of an array (C, h, w)."""
     return quarters(whole)[:, :count].reshape(-1, *whole.shape[1:])

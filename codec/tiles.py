@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 
 from hourglass.codec import entropy, prior, runtime
 from hourglass.codec.errors import CodeError, ContainerError, CorruptError, HourglassError
-from hourglass.codec.prior import Part
-from hourglass.codec.quantise import Symbols, dequantise, narrow, widen
+from hourglass.codec.prior import FINE, Part, quarters
+from hourglass.codec.quantise import Symbols, narrow, widen
 from hourglass.codec.watch import hop
 
 _HEAD = struct.Struct("<IB")  # CRC-32 of the symbols, width
 
 _Latent: TypeAlias = NDArray[np.float32] | NDArray[np.int16]
 """In 1/16 symbols."""
+
+_Placed: TypeAlias = tuple["Piece", int, int]
+"""A piece, and where in a patch it begins: row and column."""
 
 
 @dataclass(frozen=True)
@@ -147,16 +150,14 @@ def patch(
     right = min(x1 + model.reach, columns + (halo if tile.x + tile.width < grid.width else 0))
     height, width = bottom - top, right - left
     row, column = divmod(tile.number, grid.across)
-    placed = []  # pieces, and where in the patch each begins
+    placed: list[_Placed] = []
     for number in grid.around(tile):
         if number in pieces:
             y, x = (number // grid.across - row) * tall - top, (number % grid.across - column) * wide - left
             placed.append((pieces[number], y + pieces[number].top, x))
+    unit = model.inverse_gain(quality) * np.float32(1 / FINE)
     core = np.zeros((1, 4 * model.core, height, width), np.float32)
-    for piece, y, x in placed:
-        latent, place = _common(piece.latent, y, x, (0, height, 0, width))
-        if latent.size:
-            dequantise(model, quality, latent, core[0][place])
+    _dequantise(placed, (0, height, 0, width), 0, unit, core[0])
     keep, others = (y0 - top, y1 - top, x0 - left, x1 - left), max(model.latent.channels - 4 * model.core, 0)
     if model.widths[pieces[tile.number].width] <= model.core:
         return runtime.Patch(core, np.zeros((1, others, 1, 1), np.float32), keep, quality)
@@ -166,11 +167,31 @@ def patch(
     size = (rows_seen[1] - rows_seen[0], columns_seen[1] - columns_seen[0]) if model.lone_rest else (height, width)
     rest = np.zeros((1, others, *size), np.float32)
     wanted = rest[0] if model.lone_rest else rest[0][:, slice(*rows_seen), slice(*columns_seen)]
-    for piece, y, x in placed:
-        latent, place = _common(piece.latent, y, x, (*rows_seen, *columns_seen))
-        if latent.size and model.widths[piece.width] > model.core:
-            dequantise(model, quality, latent, rest=wanted[place])
+    _dequantise(placed, (*rows_seen, *columns_seen), model.core, unit, wanted)
     return runtime.Patch(core, rest, keep, quality)
+
+
+def _dequantise(
+    placed: list[_Placed],
+    window: tuple[int, int, int, int],
+    first: int,
+    unit: NDArray[np.float32],
+    into: NDArray[np.float32],
+) -> None:
+    """Write what pieces stand for, before synthesis, into zeros (C', h, w): of a window of rows and columns of a patch
+    the channels of each quarter from number `first` on, as many as there is room for.
+
+    unit: (C,), what 1/16 symbol of each of the model's channels is worth.
+    """
+    groups = quarters(into)
+    room = groups.shape[1]
+    for piece, y, x in placed:
+        latent, (_, *place) = _common(piece.latent, y, x, window)
+        coded = quarters(latent)[:, first : first + room] if latent.size else latent
+        if coded.size:
+            groups[:, : coded.shape[1], *place] = coded
+    # All at once: products of parts that are two columns wide take as long as of all the rest.
+    groups *= unit.reshape(4, -1, 1, 1)[:, first : first + room]
 
 
 def _common(

@@ -185,7 +185,7 @@ def _terminate(server: Process, parrots: Path) -> None:
     """Calls in flight at SIGTERM end well, later ones are UNAVAILABLE, watchers hear of it, status 0."""
     metadata = [("authorization", "Bearer the-first-token-there-is")]
     # Long enough to be in flight for sure.
-    picture = image.write(image.read(parrots)[:320, :320], "PNG")
+    picture = image.write(image.read(parrots)[:192, :192], "PNG")
     request = pb.EncodeRequest(image_file=picture, effort=pb.EFFORT_BEST)
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
     channels = [grpc.insecure_channel(server.address, options) for _ in range(6)]

@@ -176,7 +176,7 @@ def _convolution_of_bytes(
 def _largest(name: str, weight: _Value, bias: _Value | None, reach: float) -> list[int]:
     """Of each output channel, for inputs up to `reach`."""
     weights = np.asarray(weight.constant)
-    # Magnitudes of bytes and of floats, which are integers here, are exact in half the memory of doubles.
+    # Those of bytes, which most are, are exact in a quarter of the memory.
     magnitudes = np.abs(weights, dtype=np.int16 if weights.dtype == np.int8 else np.float64)
     largest = magnitudes.reshape(len(weights), -1).sum(1, dtype=np.float64) * reach
     if bias is not None:

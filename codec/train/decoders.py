@@ -516,7 +516,8 @@ class _Decoder(Nodes):
         x = self._requantised(f"{self.prefix}middle", x, post.unit, values, (unit, 0))
         # The upper row of a group and nothing, 8 bytes, which are moved as one; then the lower one.
         integers, factor = _integers(post.last.weight)
-        values = _by_halves(integers), _by_halves(factor).clamp(min=float(factor.min())), _by_halves(_bias(post.last))
+        steps = _by_halves(factor).clamp(min=float(factor.min()))  # biases are divided by it
+        values = _by_halves(integers), steps, _by_halves(_bias(post.last))
         after = self.add("Squeeze", self.add("Div", fine, gain)), ZERO
         x = self._requantised(f"{self.prefix}last", x, post.unit, values, after)
         rows = self.add("Concat", *self.size(x), self.whole_numbers(2), self.whole_numbers(8), axis=0)

@@ -270,7 +270,7 @@ def _firsts(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
     """(n,) -> (m,): where each different key is for the first time. NumPy's own `unique` loads its masked arrays."""
     order = keys.argsort(kind="stable")
     ordered = keys[order]
-    return order[np.flatnonzero(np.concatenate([ordered[:1] == ordered[:1], ordered[1:] != ordered[:-1]]))]
+    return order[np.flatnonzero(np.diff(ordered, prepend=~ordered[:1]))]
 
 
 def _landmarks(part: NDArray[np.uint8]) -> NDArray[np.uint64]:

@@ -520,19 +520,19 @@ class _Decoder(Nodes):
         values = _by_halves(integers), steps, _by_halves(_bias(post.last))
         after = self.add("Squeeze", self.add("Div", fine, gain)), ZERO
         x = self._requantised(f"{self.prefix}last", x, post.unit, values, after)
-        rows = self.add("Concat", *self.size(x), self.whole_numbers(2), self.whole_numbers(8), axis=0)
-        rows = self.add("Transpose", self.add("Reshape", x, rows), perm=[0, 2, 1, 3])
-        rows = self.add("Slice", rows, self.whole_numbers(0), self.whole_numbers(6), self.whole_numbers(3))
-        two = self.whole_numbers(2)
-        height, width = (self.add("Mul", count, two) for count in self.size(x))
-        shape = self.add("Concat", self.whole_numbers(1), height, width, self.whole_numbers(3), axis=0)
-        return self.branch([self.add("Reshape", rows, shape)], (1, "height", "width", 3), TensorProto.UINT8)
+        added = self.lines(x, self.size(x), 2, 6, wide=8)
+        return self.branch([added], (1, "height", "width", 3), TensorProto.UINT8)
 
-    def lines(self, x: str, size: list[str], count: int, length: int, name: str = "") -> str:
-        """Positions (size[0], size[1]) that have `count` lines of `length` samples each -> a picture (1, H, W, 3)."""
+    def lines(self, x: str, size: list[str], count: int, length: int, name: str = "", wide: int = 0) -> str:
+        """Positions (size[0], size[1]) that have `count` lines of `length` samples each -> a picture (1, H, W, 3).
+
+        wide: samples that a line has in x, where that are more; those behind the first `length` are left out.
+        """
         number = self.whole_numbers
-        parts = self.add("Concat", *size, number(count), number(length), axis=0)
+        parts = self.add("Concat", *size, number(count), number(wide or length), axis=0)
         lines = self.add("Transpose", self.add("Reshape", x, parts), perm=[0, 2, 1, 3])
+        if wide:
+            lines = self.add("Slice", lines, number(0), number(length), number(3))
         height, width = (self.add("Mul", n, number(k)) for n, k in zip(size, (count, length // 3), strict=True))
         shape = self.add("Concat", number(1), height, width, number(3), axis=0)
         return self.add("Reshape", lines, shape, name=name)

@@ -85,18 +85,18 @@ class EncoderGraph(nn.Module):
         rows = image.reshape(height, width // 8, 24).permute(0, 2, 1).reshape(1, height // 8, 192, width // 8)
         d = rows.permute(0, 2, 1, 3).float()
         y = weave(self.coarse(self.to_latent(self.fine(self.to_trunk(d)))), self.to_rest(d))
-        y = y.index_select(2, _whole(keep[0], keep[1]))
-        # Along the columns that would move number by number; and mostly none is missing.
-        y, missing = y[..., keep[2] : keep[3]], (keep[2] - keep[3]) % 4
-        last = (keep[3] - keep[2] - 1).expand(cast("int", missing))
-        y = torch.cat([y, y.index_select(3, last)], 3)
+        y = y[:, :, keep[0] : keep[1], keep[2] : keep[3]]
+        y = _filled(_filled(y, 2, keep[1] - keep[0]), 3, keep[3] - keep[2])
         return y, self.to_quarter(self.blocks(self.to_half(F.silu(self.narrow(y)))))
 
 
-def _whole(first: Tensor, end: Tensor) -> Tensor:
-    """first ... end - 1, the last one repeated up to a multiple of 4 numbers."""
-    count = (end - first + 3) // 4 * 4
-    return (first + torch.arange(cast("int", count))).clamp(max=end - 1)
+def _filled(x: Tensor, axis: int, size: Tensor) -> Tensor:
+    """x, of `size` along an axis, with the last row or column repeated up to a multiple of 4.
+
+    Mostly none is missing; to select all by number would move a latent's columns one float at a time.
+    """
+    again = (size - 1).expand(cast("int", -size % 4))
+    return torch.cat([x, x.index_select(axis, again)], axis)
 
 
 def _halving(layer: nn.Conv2d) -> nn.Conv2d:
